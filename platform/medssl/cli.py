@@ -1,0 +1,266 @@
+"""The command line: arguments, printing, exit codes. What it does lives in the stages and in `medssl.study`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medssl import __version__
+from medssl.errors import MedsslError, RecipeError
+
+_STORE_HELP = "store of the study: s3://bucket/prefix, file:///folder or a path (default: $MEDSSL_STORE, else ./medssl-store)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. Messages of MedsslError are one line on standard error, no traceback."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        code = arguments.command(arguments)
+        sys.stdout.flush()
+        return int(code or 0)
+    except MedsslError as error:
+        print(f"medssl: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("medssl: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="medssl", description="Learn from unlabelled medical images, and show that it helps.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"medssl {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=function)
+        return sub
+
+    _add_quickstart(command("quickstart", _quickstart, "a small study on synthetic images, start to report, in minutes"))
+    _add_ingest(command("ingest", _ingest, "pack images and labels into a dataset in the store"))
+    sub = command("inspect", _inspect, "a dataset's card, balance, bags and duplicates")
+    sub.add_argument("dataset", help="URI of the dataset")
+    sub.add_argument("--json", action="store_true", help="print it for machines")
+    _add_study(command("run", _run, "run a study, or what is missing of it")).add_argument(
+        "--address", help="address of a running Ray cluster (default: RAY_ADDRESS, else a local Ray of its own)"
+    )
+    _add_study(command("plan", _plan, "the stages of a study, what is finished, what the rest costs in images"))
+    _add_study(command("report", _report, "make the report of a finished study again"))
+    sub = command("init", _init, "write a commented recipe for a dataset")
+    sub.add_argument("dataset", help="URI of the dataset")
+    sub.add_argument("--out", default="study.yaml", help="file to write (default: study.yaml)")
+    _add_predict(command("predict", _predict, "apply a finished arm to new images"))
+    sub = command("doctor", _doctor, "check what a run needs")
+    sub.add_argument("--store", help="also check this store")
+    sub = command("bench", _bench, "measure images/s of ingest, feed and step")
+    sub.add_argument("--json", action="store_true", help="print it for machines")
+    sub.add_argument("--images", type=int, default=512, help="synthetic images to measure with (default: 512)")
+    return parser
+
+
+def _add_quickstart(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--store", default="medssl-quickstart", help="folder for everything it makes (default: ./medssl-quickstart)")
+    sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the recipe")
+    sub.add_argument("--json", action="store_true", help="print results for machines")
+
+
+def _add_study(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    sub.add_argument("recipe", help="the study's YAML file")
+    sub.add_argument("--store", help=_STORE_HELP)
+    sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field, as arms.0.epochs=5")
+    sub.add_argument("--json", action="store_true", help="print results for machines")
+    return sub
+
+
+_COLUMNS = ("image", "image-id", "label", "patient", "bag", "split", "site", "device", "sex", "age")
+
+
+def _add_ingest(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", help="a table (.csv, .tsv, .parquet), or a folder with one folder per class")
+    sub.add_argument("--to", required=True, metavar="URI", help="where the dataset goes: s3://bucket/path or file:///folder")
+    sub.add_argument("--root", help="folder or s3:// URI that relative image paths start from (default: the table's folder)")
+    sub.add_argument("--name", help="name of the dataset (default: the last part of the URI)")
+    for column in _COLUMNS:
+        sub.add_argument(f"--{column}-column", metavar="COLUMN", help=f"column that holds the {column.replace('-', ' ')}")
+    sub.add_argument("--label-separator", metavar="TEXT", help="text between several labels of one image")
+    sub.add_argument("--drop", action="append", default=[], metavar="COLUMN", help="leave a column of the table out")
+    sub.add_argument("--licence", default="", help="licence text for the dataset card")
+    sub.add_argument("--seed", type=int, default=0, help="seed of missing splits (default: 0)")
+    sub.add_argument("--allow-leakage", action="store_true", help="take a split with a patient on two sides, and record it")
+    sub.add_argument("--pseudonymise", action="store_true", help="replace patient ids by keyed hashes")
+    sub.add_argument("--key-file", help="file with the key of --pseudonymise (default: the environment's MEDSSL_PSEUDONYM_KEY)")
+    sub.add_argument("--reject-limit", type=float, default=0.05, help="largest share of unusable images (default: 0.05)")
+    sub.add_argument("--address", help="address of a running Ray cluster (default: RAY_ADDRESS, else a local Ray of its own)")
+    sub.add_argument("--json", action="store_true", help="print the result for machines")
+
+
+def _add_predict(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("arm", help="name of an arm of a finished study, or the URI of one of its evaluate artifacts")
+    sub.add_argument("images", nargs="+", help="image files, or folders of them")
+    sub.add_argument("--out", required=True, help="file to write: .csv or .parquet")
+    sub.add_argument("--store", help=_STORE_HELP)
+    sub.add_argument("--study", help="the study, where several in the store have such an arm")
+    sub.add_argument("--protocol", help="protocol whose head is used (default: the study's first)")
+    sub.add_argument("--pretraining-seed", type=int, default=0, help="which encoder (default: 0)")
+    sub.add_argument("--label-draw", type=int, default=0, help="which label draw (default: 0)")
+    sub.add_argument("--seed", type=int, default=0, help="which head seed (default: 0)")
+
+
+def _store_uri(given: str | None) -> str:
+    return given or os.environ.get("MEDSSL_STORE") or "medssl-store"
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from medssl.console import Console
+    from medssl.recipe_file import load
+    from medssl.study import run
+
+    recipe = load(arguments.recipe, arguments.set)
+    with Console() as console:
+        result = run(recipe, _store_uri(arguments.store), overrides=arguments.set, on_event=console, address=arguments.address)
+    return _print_result(result, arguments.json)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from medssl.console import Console
+    from medssl.study import report
+
+    with Console() as console:
+        result = report(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set, on_event=console)
+    return _print_result(result, arguments.json)
+
+
+def _print_result(result: Any, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(result.to_json(), allow_nan=False))
+    else:
+        print(result.to_text())
+        print(f"report: {result.report_uri}")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from medssl.study import plan
+
+    lines = plan(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set)
+    if arguments.json:
+        print(json.dumps([asdict(line) for line in lines]))
+        return 0
+    width = max(len(line.label) for line in lines)
+    for line in lines:
+        cost = f"{line.images:>12,} images" if line.images else ""
+        print(f"{line.label:<{width}}  {line.state:<18}{cost}".rstrip())
+    left = [line for line in lines if line.state != "finished"]
+    total = f", {sum(line.images for line in left):,} images known so far" if left else ": nothing to do"
+    print(f"{len(lines) - len(left)} of {len(lines)} finished{total}")
+    return 0
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from medssl.console import Console
+    from medssl.quickstart import quickstart
+
+    with Console() as console:
+        result = quickstart(Path(arguments.store), overrides=arguments.set, on_event=console)
+    return _print_result(result, arguments.json)
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from medssl.console import Console
+    from medssl.datasets.pseudonyms import read_key
+    from medssl.datasets.table import TableColumns
+    from medssl.stages.ingest import IngestOptions, ingest
+
+    if arguments.key_file and not arguments.pseudonymise:
+        raise RecipeError("--key-file is the key of --pseudonymise: give both or neither")
+    names = [column.replace("-", "_") for column in _COLUMNS]
+    options = IngestOptions(
+        name=arguments.name,
+        columns=TableColumns(**{name: getattr(arguments, f"{name}_column") for name in names}),
+        root=arguments.root,
+        label_separator=arguments.label_separator,
+        drop=tuple(arguments.drop),
+        licence=arguments.licence,
+        seed=arguments.seed,
+        allow_leakage=arguments.allow_leakage,
+        pseudonym_key=read_key(arguments.key_file) if arguments.pseudonymise else None,
+        reject_limit=arguments.reject_limit,
+    )
+    with Console() as console:
+        result = ingest(
+            arguments.source,
+            arguments.to,
+            options,
+            address=arguments.address,
+            on_progress=console.on_progress("ingest"),
+            on_wait=lambda owner: print(f"the dataset is being ingested by {owner}; waiting", file=sys.stderr),
+        )
+    print(json.dumps(result.to_json()) if arguments.json else result.to_text())
+    return 1 if result.rejected else 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from medssl.stages.inspect import inspect_dataset, render_text
+
+    facts = inspect_dataset(arguments.dataset)
+    print(json.dumps(facts) if arguments.json else render_text(facts))
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from medssl.starter import starter_recipe
+
+    path = Path(arguments.out)
+    if path.exists():
+        raise RecipeError(f"{path} is there already: name another file with --out, nothing was written")
+    text = starter_recipe(arguments.dataset)
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}; next: medssl run {path} --store URI")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from medssl.stages.predict import predict
+
+    written = predict(
+        arguments.arm, arguments.images, Path(arguments.out), store_uri=_store_uri(arguments.store), study=arguments.study,
+        protocol=arguments.protocol, pretraining_seed=arguments.pretraining_seed, label_draw=arguments.label_draw,
+        head_seed=arguments.seed,
+    )  # fmt: skip
+    print(written.to_text())
+    return 1 if written.rejected else 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from medssl.stages.doctor import run_checks
+
+    checks = run_checks(arguments.store)
+    for check in checks:
+        advice = f" - {check.advice}" if check.advice and not check.ok else ""
+        print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}{advice}")
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from medssl.stages.bench import bench, render_text
+
+    rows = bench(images=arguments.images)
+    print(json.dumps(rows) if arguments.json else render_text(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Public and private collections of images -> rows; splits, leakage audit, dataset in the store."""

@@ -1,0 +1,79 @@
+"""Decoded images of a dataset's shards, a batch at a time; plain functions, for Ray tasks and for processes without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.artifacts import digest_json
+from medssl.datasets.dataset import Dataset, Shard
+from medssl.errors import DataError
+from medssl.filesystem import retrying_filesystem
+from medssl.images import Resize, decode
+
+READ_ROWS = 64
+"""Rows read and decoded at a time: bounds memory whatever the size of a shard."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How stored images become arrays."""
+
+    decode_px: int
+    resize: Resize
+    channels: int = 3
+
+    def digest(self, dataset: Dataset) -> str:
+        """Names the decoded images of a dataset: changes with its images and with any field here."""
+        return digest_json({"images": dataset.images_digest, **asdict(self)})[:32]
+
+
+def decoded_batches(
+    dataset_uri: str, shard: Shard, decoding: Decoding, splits: Sequence[str] | None = None
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Batches of a shard in row order: `row` (int64, row number of the index) and `image` (uint8 (B, px, px, C)).
+
+    Args:
+        splits: only images of these splits; None takes all.
+
+    Raises:
+        DataError: the shard does not hold what the card says, or an image in it cannot be decoded.
+    """
+    import pyarrow.parquet as pq
+
+    filesystem, root = retrying_filesystem(dataset_uri)
+    where = f"{root}/{shard.path}"
+    seen = 0
+    try:
+        source = filesystem.open_input_file(where)
+    except FileNotFoundError:
+        raise DataError(
+            f"shard {shard.path} of {dataset_uri} is gone: was the dataset ingested anew? Run again"
+        ) from None
+    with source, pq.ParquetFile(source) as file:
+        for batch in file.iter_batches(batch_size=READ_ROWS, columns=["image", "split"]):
+            first = shard.first_row + seen
+            seen += len(batch)
+            chosen = [
+                (first + position, image.as_buffer())
+                for position, (image, split) in enumerate(zip(batch["image"], batch["split"].to_pylist(), strict=True))
+                if splits is None or split in splits
+            ]
+            if chosen:
+                images = [_decode(row, data, decoding, dataset_uri) for row, data in chosen]
+                yield {"row": np.array([row for row, _ in chosen], np.int64), "image": np.stack(images)}
+    if seen != shard.rows:
+        raise DataError(
+            f"shard {shard.path} of {dataset_uri} holds {seen} images, its card says {shard.rows}: ingest again"
+        )
+
+
+def _decode(row: int, data: Any, decoding: Decoding, uri: str) -> NDArray[np.uint8]:
+    try:
+        return decode(bytes(data), px=decoding.decode_px, resize=decoding.resize, channels=decoding.channels)
+    except DataError as error:
+        raise DataError(f"image {row} of {uri} cannot be decoded any more ({error}): ingest again") from None

@@ -1,0 +1,288 @@
+"""The study recipe: typed, frozen, validated; what stands in it is what is used.
+
+Parameter groups are declared beside the code they steer (objectives, optimisers, views, probes); here they are put
+together. `recipe_file` reads one from YAML.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from medssl.errors import RecipeError, nearest
+from medssl.metrics import METRICS
+from medssl.networks.encoder import EncoderParams
+from medssl.objectives import ObjectiveParams
+from medssl.optim import OptimiserParams, ScheduleParams
+from medssl.params import Params
+from medssl.probes.linear import LinearProbeParams
+from medssl.training.finetune import FineTuneParams
+from medssl.training.plan import PretrainPlan
+from medssl.views import ViewParams
+
+_NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
+
+
+def check_metric(name: str) -> None:
+    """Raises ValueError with the nearest name when there is no such metric."""
+    if name not in METRICS:
+        raise ValueError(f"unknown metric '{name}': {nearest(name, METRICS)}")
+
+
+class ImageParams(Params):
+    """How images are decoded and fed."""
+
+    decode_px: int = Field(80, ge=16, le=2048)
+    """Side in pixels at which images are decoded and kept; larger than the view, so that crops are not enlargements."""
+    resize: Literal["squash", "crop", "pad"] = "squash"
+    """How an oblong image becomes a square: squashed, centre-cropped, or padded with black."""
+    feeding: Literal["resident", "streaming"] = "resident"
+    """resident: decoded once into a memory-mapped file on each node. streaming: decoded anew by Ray Data each epoch."""
+
+
+class Arm(Params):
+    """One way to features: initial weights, and the pretraining that follows (none without an objective)."""
+
+    name: str = Field(pattern=_NAME)
+    """Name of the arm in tables and on the command line."""
+    features: Literal["encoder", "colour"] = "encoder"
+    """encoder: a network's features. colour: colour and intensity statistics of the image, the floor to beat."""
+    encoder: EncoderParams | None = None
+    """The arm's own encoder; null uses the study's."""
+    initial_weights: str = "random"
+    """`random`, or the URI of a .safetensors file of encoder weights."""
+    objective: ObjectiveParams | None = None
+    """Pretraining objective; null pretrains nothing."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the pretraining images."""
+    batch_size: int = Field(128, ge=2)
+    """Images in one optimiser step, over all workers together."""
+    optimiser: OptimiserParams = OptimiserParams()
+    """Optimiser of the pretraining."""
+    schedule: ScheduleParams = ScheduleParams()
+    """Learning rate over the pretraining."""
+    views: ViewParams = ViewParams()
+    """Augmentation of the pretraining."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network in pretraining."""
+    gradient_clip: float | None = Field(None, gt=0)
+    """Largest L2 norm of the pretraining's gradient; null clips nothing."""
+
+    @model_validator(mode="after")
+    def _pretraining_is_whole(self) -> Arm:
+        if (self.objective is None) != (self.epochs is None):
+            missing = "epochs" if self.epochs is None else "objective"
+            raise ValueError(f"arm '{self.name}': objective and epochs go together, {missing} is missing")
+        if self.features == "colour" and (self.objective is not None or self.initial_weights != "random"):
+            raise ValueError(f"arm '{self.name}': colour features take no objective, epochs or initial weights")
+        return self
+
+
+class Repeats(Params):
+    """How often each kind of chance is drawn. A claim about a pretraining needs several of each."""
+
+    pretraining_seeds: int = Field(3, ge=1)
+    """Independent pretrainings (or random initialisations) of every encoder arm."""
+    label_draws: int = Field(3, ge=1)
+    """Draws of the labelled subset, the same for every arm."""
+    labels: int | None = Field(1000, ge=2)
+    """Labelled training images in one draw, stratified by class; null uses all (then one draw)."""
+
+
+class Search(Params):
+    """Search over learning rate and weight decay, judged on the validation split only, the same for every arm.
+
+    It runs on the arm's first pretraining seed and the first label draw, once per arm and protocol.
+    """
+
+    sampler: Literal["grid", "tpe"] = "grid"
+    """grid: every pair once. tpe: Optuna's tree-structured Parzen estimator between the smallest and largest values."""
+    learning_rate: tuple[float, ...] = Field((1e-2,), min_length=1)
+    """Learning rates; one value and one weight decay mean no search."""
+    weight_decay: tuple[float, ...] = Field((0.0,), min_length=1)
+    """Weight decays."""
+    trials: int | None = Field(None, ge=1)
+    """Points that tpe tries; not for grid, which tries all."""
+    metric: str = "balanced_accuracy"
+    """Metric on the validation split that is maximised."""
+    head_seeds: int = Field(3, ge=1)
+    """Head seeds whose mean score is a point's score."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Search:
+        check_metric(self.metric)
+        if min(self.learning_rate) <= 0 or min(self.weight_decay) < 0:
+            raise ValueError("learning rates must be above 0 and weight decays 0 or more")
+        if (self.sampler == "tpe") != (self.trials is not None):
+            raise ValueError("trials is needed for sampler tpe and refused for grid")
+        return self
+
+    @property
+    def points(self) -> int:
+        """Trials of the search."""
+        return self.trials or len(self.learning_rate) * len(self.weight_decay)
+
+
+class ProtocolBase(Params):
+    """What every evaluation protocol has."""
+
+    name: str = Field(pattern=_NAME)
+    """Name of the protocol in tables and comparisons."""
+    head_seeds: int = Field(35, ge=1)
+    """Independent heads (fine-tunings) per pretraining seed and label draw."""
+    pretraining_seeds: int | None = Field(None, ge=1)
+    """Evaluate only the first so many pretraining seeds; null all."""
+    label_draws: int | None = Field(None, ge=1)
+    """Evaluate only the first so many label draws; null all."""
+    search: Search = Search()
+    """Search space of learning rate and weight decay."""
+
+
+class LinearProbe(ProtocolBase):
+    """A linear classifier on frozen features; all heads train in lockstep."""
+
+    kind: Literal["linear_probe"] = "linear_probe"
+    """Which protocol this is."""
+    probe: LinearProbeParams = LinearProbeParams()
+    """Training of the heads."""
+
+
+class FineTune(ProtocolBase):
+    """The whole network trained on the labels; each seed is a trial of its own."""
+
+    kind: Literal["fine_tune"] = "fine_tune"
+    """Which protocol this is."""
+    training: FineTuneParams = FineTuneParams()
+    """Training of network and head."""
+
+
+Protocol = Annotated[LinearProbe | FineTune, Field(discriminator="kind")]
+
+
+class Comparison(Params):
+    """A claim to test: `better` scores higher than `than`."""
+
+    better: str
+    """Arm that is claimed to be better."""
+    than: str
+    """Arm it is compared with."""
+    protocol: str
+    """Protocol whose scores are compared."""
+    metric: str = "balanced_accuracy"
+    """Metric that is compared."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Comparison:
+        check_metric(self.metric)
+        return self
+
+
+class Bootstrap(Params):
+    """Nested bootstrap of the comparisons."""
+
+    replicates: int = Field(2000, ge=100)
+    """Bootstrap replicates."""
+    level: float = Field(0.95, gt=0.5, lt=1)
+    """Level of the interval."""
+    seed: int = Field(0, ge=0)
+    """Seed of the resampling."""
+
+
+class Compute(Params):
+    """Where it runs; nothing here changes a result or a hash."""
+
+    workers: int = Field(1, ge=1)
+    """DDP workers of a pretraining."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores of each worker."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of each worker and trial; 0 trains on the CPU. Pretraining workers take whole ones."""
+    trial_cpus: int = Field(1, ge=1)
+    """CPU cores of a search or evaluation trial."""
+    concurrent_trials: int | None = Field(None, ge=1)
+    """Trials at once; null fills the machine's cores."""
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    """Further checkpoints between epoch ends (resident feeding); null none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept in the store while training."""
+    max_failures: int = Field(8, ge=0)
+    """Lost workers or nodes that a pretraining survives."""
+
+
+class Recipe(Params):
+    """One study."""
+
+    study: str = Field(pattern=_NAME)
+    """Name of the study."""
+    description: str = ""
+    """A sentence for the report."""
+    dataset: str
+    """Dataset made by `medssl ingest`: a URI, or a path below the study's store such as datasets/ham10000."""
+    images: ImageParams = ImageParams()
+    """Decoding and feeding."""
+    pretraining_splits: tuple[str, ...] = Field(("train",), min_length=1)
+    """Splits whose images (never labels) are used for pretraining."""
+    encoder: EncoderParams = EncoderParams()
+    """Encoder of every arm that names none."""
+    arms: tuple[Arm, ...] = Field(min_length=1)
+    """What is compared."""
+    repeats: Repeats = Repeats()
+    """Repeats of each kind of chance."""
+    protocols: tuple[Protocol, ...] = Field(min_length=1)
+    """How features are judged."""
+    metrics: tuple[str, ...] = ("balanced_accuracy", "accuracy", "f1_weighted", "f1_macro", "auc")
+    """Metrics on the test split, in the order of the tables."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Claims to test."""
+    bootstrap: Bootstrap = Bootstrap()
+    """Intervals of the comparisons."""
+    compute: Compute = Compute()
+    """Where it runs."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for metric in self.metrics:
+            check_metric(metric)
+        arms, protocols = [a.name for a in self.arms], [p.name for p in self.protocols]
+        for kind, names in (("arm", arms), ("protocol", protocols)):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
+        by_name = {a.name: a for a in self.arms}
+        kinds = {p.name: p.kind for p in self.protocols}
+        for comparison in self.comparisons:
+            for arm in (comparison.better, comparison.than):
+                if arm not in by_name:
+                    raise ValueError(f"comparison names arm '{arm}': {nearest(arm, arms)}")
+                if by_name[arm].features == "colour" and kinds.get(comparison.protocol) == "fine_tune":
+                    raise ValueError(f"arm '{arm}' has no network to fine-tune: compare it by a linear probe")
+            if comparison.protocol not in kinds:
+                raise ValueError(f"comparison names protocol '{comparison.protocol}': {nearest(comparison.protocol, protocols)}")
+            if comparison.metric not in self.metrics:
+                raise ValueError(
+                    f"comparison metric '{comparison.metric}' is not among the study's metrics: "
+                    f"{nearest(comparison.metric, self.metrics)}"
+                )
+        if self.repeats.labels is None and self.repeats.label_draws != 1:
+            raise ValueError("labels: null uses every label, so label_draws must be 1")
+        for arm in self.arms:
+            if arm.objective is not None and arm.batch_size % self.compute.workers:
+                raise ValueError(
+                    f"arm '{arm.name}': batch_size {arm.batch_size} is not a multiple of compute.workers {self.compute.workers}"
+                )
+        return self
+
+    def encoder_of(self, arm: Arm) -> EncoderParams:
+        """The encoder that an arm uses."""
+        return arm.encoder or self.encoder
+
+    def plan(self, arm: Arm, seed: int) -> PretrainPlan:
+        """The pretraining of one seed of an arm that has an objective."""
+        if arm.objective is None or arm.epochs is None:
+            raise RecipeError(f"arm '{arm.name}' has no objective, so there is nothing to pretrain")
+        return PretrainPlan(
+            encoder=self.encoder_of(arm), objective=arm.objective, optimiser=arm.optimiser, schedule=arm.schedule,
+            views=arm.views, epochs=arm.epochs, batch_size=arm.batch_size, seed=seed, precision=arm.precision,
+            gradient_clip=arm.gradient_clip,
+        )  # fmt: skip

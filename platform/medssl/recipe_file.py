@@ -1,0 +1,137 @@
+"""A study recipe from a YAML file or a mapping, with overrides; every failure is one line for the user.
+
+The line has the field, the value and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from medssl.errors import RecipeError, nearest
+from medssl.params import Params
+from medssl.recipe import Recipe
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A validated recipe from a YAML file or a mapping, with `path.to.field=value` overrides applied in order.
+
+    Raises:
+        RecipeError: the file cannot be read, is no YAML mapping, or a field, value or override is not valid.
+    """
+    origin = "recipe" if isinstance(source, Mapping) else str(source)
+    raw = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    for override in overrides:
+        raw = _override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: {_explain(error)}") from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, all values written out."""
+    return yaml.safe_dump(recipe.canonical(), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}: give the path of a study's YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise RecipeError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or 'cannot be parsed'}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} holds {type(raw).__name__}, not the fields of a study")
+    return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.MarkedYAMLError(problem=f"field '{key}' is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    path, sign, text = override.partition("=")
+    if not sign or not path.strip():
+        raise RecipeError(f"--set {override}: write it as path.to.field=value, for example arms.0.epochs=5")
+    value = yaml.load(text, Loader=_Loader)
+    return dict(_set(raw, path.strip().split("."), value, path))
+
+
+def _set(node: Any, keys: list[str], value: Any, path: str) -> Any:
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, list):
+        names = [str(item["name"]) for item in node if isinstance(item, Mapping) and "name" in item]
+        if key in names:
+            index = names.index(key)
+        elif key.isdigit() and int(key) < len(node):
+            index = int(key)
+        else:
+            raise RecipeError(
+                f"--set {path}: no item '{key}'; choices: 0 to {len(node) - 1}" + (f" or {', '.join(names)}" if names else "")
+            )
+        return [*node[:index], _set(node[index], rest, value, path), *node[index + 1 :]]
+    if isinstance(node, Mapping) or node is None:
+        return {**(node or {}), key: _set((node or {}).get(key), rest, value, path)}
+    raise RecipeError(f"--set {path}: '{key}' is below the single value {node!r}")
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if part not in ("linear_probe", "fine_tune")]
+    where = ".".join(location) or "recipe"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    given = first.get("input")
+    if first["type"] == "extra_forbidden":
+        return f"unknown field '{where}': {nearest(location[-1], _fields_at(first['loc'][:-1]))}{more}"
+    if first["type"] == "missing":
+        return f"field '{where}' is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(given, Mapping | Params) else f", not {given!r}"
+    return f"{where}: {message}{shown}{more}"
+
+
+def _fields_at(location: Sequence[int | str]) -> list[str]:
+    """Names of the fields of the parameter group at a pydantic error location."""
+    models: list[type[Params]] = [Recipe]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        chosen = [m for m in models if "kind" in m.model_fields and part == m.model_fields["kind"].default]
+        if chosen:
+            models = chosen
+            continue
+        annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [m for annotation in annotations for m in _models_in(annotation)] or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[Params]]:
+    if isinstance(annotation, type) and issubclass(annotation, Params):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

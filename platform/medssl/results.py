@@ -1,0 +1,318 @@
+"""From a study's finished evaluations to its tables, tests and report.
+
+Scores are the evaluations' own (their markers hold them); comparisons are computed here from the saved per-image
+predictions of every run, so that patients can be resampled with everything else.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from medssl.artifacts import STUDIES, artifact_name, digest_json, folder, publish
+from medssl.recipe import Comparison, Recipe
+from medssl.recipe_file import dump
+from medssl.stages.report import format_result_table, render, result_json
+from medssl.stages.report_data import BOOTSTRAP, COLUMNS, SAME_AGAINST_SAME, WELCH, Confusion, ReportData, SameAgainstSame
+from medssl.stages.specs import TEST, VERSIONS, Cell
+from medssl.statistics import aa_summary, nested_bootstrap, summarise, welch
+from medssl.store import Store
+
+if TYPE_CHECKING:
+    from medssl.study import Study
+
+_READERS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class StudyResult:
+    """A finished study."""
+
+    study: str
+    scores: pd.DataFrame
+    """One row per run and metric: arm, protocol, pretraining_seed, label_draw, head_seed, metric, value."""
+    summary: pd.DataFrame
+    """One row per arm, protocol and metric: mean, std over all runs and over each kind of repeat, and how many."""
+    comparisons: pd.DataFrame
+    """One row per claim and test: difference, interval, p."""
+    report_uri: str
+    """URI of the HTML report."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result for machines: study, arms with values, comparisons."""
+        return result_json(self.study, self.scores, self.summary, self.comparisons)
+
+    def to_text(self) -> str:
+        """The result table for a terminal."""
+        return format_result_table(self.summary, self.comparisons)
+
+
+def report_name(recipe: Recipe, evaluations: Sequence[str], card: dict[str, Any]) -> str:
+    """Name of the report over these evaluations."""
+    config = recipe.canonical()
+    config.pop("compute")
+    inputs = {"evaluations": digest_json(list(evaluations)), "dataset": digest_json(card["digests"])}
+    return artifact_name("report", VERSIONS["report"], config, inputs)
+
+
+def load_result(store: Store, recipe: Recipe, name: str) -> StudyResult:
+    """The tables of a finished report."""
+    saved = json.loads(folder(store, name).read("result.json"))
+    frames = {key: pd.DataFrame(saved[key], columns=saved["columns"][key]) for key in ("scores", "summary", "comparisons")}
+    return StudyResult(recipe.study, report_uri=_report_uri(store, recipe), **frames)
+
+
+def build_report(study: Study) -> StudyResult:
+    """Computes the tables and writes the report: as an artifact, and as the study's current one under `studies/`."""
+    name = study.report_name()
+    assert name is not None, "the report is built after the evaluations"
+    runs = _collect(study)
+    data = _report_data(study, runs, _comparisons(study.recipe, runs))
+    files = dict(render(data))
+    result = StudyResult(study.recipe.study, data.scores, data.summary, data.comparisons, _report_uri(study.store, study.recipe))
+    files["result.json"] = _dump_result(result)
+    files["recipe.yaml"] = dump(study.recipe).encode()
+    config = study.recipe.canonical()
+    publish(study.store, name, stage="report", version=VERSIONS["report"], config=config, inputs={}, files=files)
+    current = study.store.sub(f"{STUDIES}/{study.recipe.study}")
+    for path, content in files.items():
+        current.write(path, content)
+    for arm, index in _arm_indexes(study).items():
+        current.write(f"arms/{arm}.json", json.dumps(index, indent=1).encode())
+    return result
+
+
+def _report_uri(store: Store, recipe: Recipe) -> str:
+    return store.uri_of(f"{STUDIES}/{recipe.study}/report.html")
+
+
+# -- reading the runs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """All runs of one arm under one protocol."""
+
+    arm: str
+    protocol: str
+    metrics: dict[str, NDArray[np.float64]]
+    """Scores (P, D, S) by metric."""
+    probabilities_PDSNK: NDArray[np.float32]
+    labels_N: NDArray[np.int64]
+    patients_N: list[str | None]
+
+
+def _collect(study: Study) -> dict[tuple[str, str], Runs]:
+    cells: dict[tuple[str, str], list[Cell]] = {}
+    for cell in study.specs.cells():
+        cells.setdefault((cell.arm.name, cell.protocol.name), []).append(cell)
+    rows = study.specs.rows(TEST)
+    labels = study.specs.labels(rows)
+    patients = study.specs.index["patient_id"].astype(object).where(study.specs.index["patient_id"].notna(), None)
+    return {key: _runs(study, key, group, labels, patients.loc[rows].tolist()) for key, group in cells.items()}
+
+
+def _runs(study: Study, key: tuple[str, str], cells: list[Cell], labels_N: NDArray[np.int64], patients: list[str | None]) -> Runs:
+    seeds, draws = (1 + max(getattr(c, part) for c in cells) for part in ("pretraining_seed", "label_draw"))
+    heads = cells[0].protocol.head_seeds
+    shape = (seeds, draws, heads)
+    specs = [spec for cell in cells for spec in (study.evaluations(cell) or {}).values()]
+    positions = [(c.pretraining_seed, c.label_draw, s) for c in cells for s in range(heads)]
+    scores = {metric: np.full(shape, np.nan) for metric in study.recipe.metrics}
+    probabilities = np.zeros((*shape, len(labels_N), len(study.specs.classes)), dtype=np.float32)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for position, marker, read in zip(
+            positions,
+            study.markers(specs),
+            pool.map(lambda s: read_probabilities(study.store, s.name), specs),
+            strict=True,
+        ):
+            probabilities[position] = read
+            for metric, values in scores.items():
+                values[position] = marker.facts["scores"][metric]
+    return Runs(*key, scores, probabilities, labels_N, patients)
+
+
+def read_probabilities(store: Store, name: str) -> NDArray[np.float32]:
+    """Class probabilities (N, K) that an evaluation stored, in the order of the test rows."""
+    table = pq.read_table(io.BytesIO(folder(store, name).read("predictions.parquet")))
+    columns = [c for c in table.column_names if c.startswith("p_")]
+    return np.stack([table[c].to_numpy() for c in columns], axis=1).astype(np.float32)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------
+
+
+def _scores_frame(runs: dict[tuple[str, str], Runs]) -> pd.DataFrame:
+    records = [
+        (run.arm, run.protocol, p, d, s, metric, float(values[p, d, s]))
+        for run in runs.values()
+        for metric, values in run.metrics.items()
+        for p, d, s in np.ndindex(values.shape)
+    ]
+    return pd.DataFrame(records, columns=list(COLUMNS["scores"]))
+
+
+def _summary_frame(runs: dict[tuple[str, str], Runs]) -> pd.DataFrame:
+    records = []
+    for run in runs.values():
+        for metric, values in run.metrics.items():
+            spread = summarise(values)
+            records.append({
+                "arm": run.arm, "protocol": run.protocol, "metric": metric, "mean": spread.mean, "std": spread.std,
+                "std_head": spread.head_seed.std, "std_draw": spread.label_draw.std,
+                "std_pretraining": spread.pretraining_seed.std,
+                "n": values.size, "n_pretraining": values.shape[0], "n_draw": values.shape[1], "n_head": values.shape[2],
+            })  # fmt: skip
+    return pd.DataFrame(records, columns=list(COLUMNS["summary"]))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the comparisons found."""
+
+    rows: list[dict[str, Any]]
+    same: list[SameAgainstSame]
+    notes: list[str]
+
+
+def _comparisons(recipe: Recipe, runs: dict[tuple[str, str], Runs]) -> Found:
+    found = Found([], [], [])
+    for claim in recipe.comparisons:
+        _compare(recipe, claim, runs[claim.better, claim.protocol], runs[claim.than, claim.protocol], found)
+    kinds = {arm.name: arm for arm in recipe.arms}
+    for name, protocol, metric in dict.fromkeys((c.than, c.protocol, c.metric) for c in recipe.comparisons):
+        if kinds[name].features == "encoder" and kinds[name].objective is None:
+            _same_against_same(recipe, runs[name, protocol], metric, found)
+    return found
+
+
+def _compare(recipe: Recipe, claim: Comparison, better: Runs, than: Runs, found: Found) -> None:
+    base = {"better": claim.better, "than": claim.than, "protocol": claim.protocol, "metric": claim.metric}
+    # features without chance have one seed; both arms must have the same label draws
+    draws = min(better.probabilities_PDSNK.shape[1], than.probabilities_PDSNK.shape[1])
+    interval = nested_bootstrap(
+        better.probabilities_PDSNK[:, :draws],
+        than.probabilities_PDSNK[:, :draws],
+        better.labels_N,
+        better.patients_N,
+        metric=claim.metric,
+        replicates=recipe.bootstrap.replicates,
+        confidence=recipe.bootstrap.level,
+        seed=recipe.bootstrap.seed,
+    )
+    measured = {"difference": interval.difference, "low": interval.low, "high": interval.high, "p": interval.p}
+    found.rows.append(base | measured | {"test": BOOTSTRAP})
+    found.notes.extend(f"{claim.better} against {claim.than} under {claim.protocol}: {note}" for note in interval.notes)
+    # the papers' design: one encoder each, one labelled set, runs that differ in the head
+    first, second = better.metrics[claim.metric][0, 0], than.metrics[claim.metric][0, 0]
+    if min(len(first), len(second)) > 1:
+        test = welch(first, second)
+        measured = {"difference": test.difference, "low": test.low, "high": test.high, "p": test.p}
+        found.rows.append(base | measured | {"test": WELCH})
+
+
+def _same_against_same(recipe: Recipe, run: Runs, metric: str, found: Found) -> None:
+    """The papers' test where nothing differs: two random initialisations of the same arm."""
+    if run.probabilities_PDSNK.shape[0] < 2 or run.probabilities_PDSNK.shape[2] < 2:
+        return
+    replicates = recipe.bootstrap.replicates
+    same = aa_summary(run.probabilities_PDSNK, run.labels_N, run.patients_N, metric=metric, replicates=replicates)
+    if same.example is None:
+        return
+    base = {"better": run.arm, "than": run.arm, "protocol": run.protocol, "metric": metric}
+    test = same.example
+    measured = {"difference": test.difference, "low": test.low, "high": test.high, "p": test.p}
+    found.rows.append(base | measured | {"test": SAME_AGAINST_SAME})
+    found.same.append(SameAgainstSame(run.arm, run.protocol, metric, same.pairs, same.share_significant, same.threshold))
+
+
+def _confusions(study: Study, runs: dict[tuple[str, str], Runs]) -> dict[tuple[str, str], Confusion]:
+    classes = study.specs.classes
+    found = {}
+    for key, run in runs.items():
+        predicted = run.probabilities_PDSNK.argmax(axis=-1).reshape(-1, len(run.labels_N))
+        flat = (run.labels_N[None] * len(classes) + predicted).ravel()
+        counts = np.bincount(flat, minlength=len(classes) ** 2).reshape(len(classes), -1) / len(predicted)
+        found[key] = Confusion(classes, counts)
+    return found
+
+
+def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) -> ReportData:
+    from medssl.stages.report_facts import (
+        arm_facts,
+        dataset_facts,
+        feeding,
+        hardware,
+        histories,
+        searches,
+        versions,
+        view_sheets,
+        warnings,
+    )
+
+    encoders = study.encoders()
+    curves = histories(study.store, encoders)
+    recipe = study.recipe
+    return ReportData(
+        study=recipe.study,
+        description=recipe.description,
+        main_metric=recipe.comparisons[0].metric if recipe.comparisons else recipe.metrics[0],
+        main_protocol=recipe.comparisons[0].protocol if recipe.comparisons else recipe.protocols[0].name,
+        interval_level=recipe.bootstrap.level,
+        arms=[arm_facts(recipe, arm) for arm in recipe.arms],
+        datasets=[dataset_facts(study.dataset)],
+        scores=_scores_frame(runs),
+        summary=_summary_frame(runs),
+        comparisons=pd.DataFrame(found.rows, columns=list(COLUMNS["comparisons"])),
+        searches=searches([(a, p, study.marker(s)) for a, p in study.searches() if (s := study.search_spec(a, p))]),
+        search_metric=recipe.protocols[0].search.metric,
+        histories=curves,
+        confusions=_confusions(study, runs),
+        view_sheets=view_sheets(study.store, encoders),
+        recipe_yaml=dump(recipe),
+        overrides=study.overrides,
+        versions=versions(),
+        warnings=warnings(curves),
+        hardware=hardware(),
+        feeding=feeding(recipe.images.feeding, curves),
+        same_against_same=found.same,
+        notes=found.notes,
+    )
+
+
+def _arm_indexes(study: Study) -> dict[str, dict[str, Any]]:
+    """Where `predict` finds the evaluations of each arm."""
+    indexes: dict[str, dict[str, Any]] = {
+        arm.name: {"study": study.recipe.study, "arm": arm.name, "evaluations": []} for arm in study.recipe.arms
+    }
+    for cell in study.specs.cells():
+        for seed, spec in (study.evaluations(cell) or {}).items():
+            indexes[cell.arm.name]["evaluations"].append({
+                "protocol": cell.protocol.name, "pretraining_seed": cell.pretraining_seed, "label_draw": cell.label_draw,
+                "seed": seed, "artifact": spec.name,
+            })  # fmt: skip
+    return indexes
+
+
+def _dump_result(result: StudyResult) -> bytes:
+    frames = {"scores": result.scores, "summary": result.summary, "comparisons": result.comparisons}
+    saved: dict[str, Any] = {
+        key: [[_plain(v) for v in row] for row in frame.to_numpy().tolist()] for key, frame in frames.items()
+    }
+    saved["columns"] = {key: list(frame.columns) for key, frame in frames.items()}
+    return json.dumps(saved, allow_nan=False).encode()
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

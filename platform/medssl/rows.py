@@ -1,0 +1,366 @@
+"""A dataset in the store -> decoded images for training: the resident file, and streaming through Ray Data.
+
+*Resident*: all images decoded once into a memory-mapped uint8 file in the node's cache folder, named by a digest of
+images and decoding. It is built under a file lock and renamed into place when whole, so a folder of that name is complete,
+and a build that was killed leaves nothing but a folder the next build clears away.
+
+*Streaming*: Ray Data reads and decodes the shards anew in each epoch, in blocks small enough for a small object store.
+
+Shapes: N images, B images of one rank in a step, H = W = decode_px, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.datasets.dataset import Dataset, Shard, open_dataset
+from medssl.datasets.read import Decoding, decoded_batches
+from medssl.errors import DataError, MedsslError, RecipeError
+from medssl.images import Resize
+from medssl.training.feed import IDS_FILE, IMAGES_FILE, ResidentImages, rank_slice
+
+if TYPE_CHECKING:
+    import ray.data
+    import torch
+
+    from medssl.collectives import Process
+
+CACHE_VARIABLE = "MEDSSL_CACHE"
+_BLOCK_BYTES = 16 << 20
+"""Largest block of decoded images that Ray Data hands on: many fit into an object store of 300 MB."""
+_SHUFFLE_BYTES = 256 << 20
+"""Largest shuffle buffer of one rank."""
+_BUILDING = ".building-"
+
+OnProgress = Callable[[int, int], None]
+Batches = Iterator[dict[str, NDArray[Any]]]
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where resident files are on this node: `cache_dir`, else $MEDSSL_CACHE, else ~/.cache/medssl."""
+    return Path(cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/medssl").expanduser().absolute()
+
+
+# ------------------------------------------------------------------------------------------------------------ streaming
+
+
+def stream_images(
+    dataset: Dataset,
+    *,
+    decode_px: int,
+    resize: Resize,
+    splits: Sequence[str] | None = None,
+    channels: int = 3,
+    seed: int | None = None,
+) -> ray.data.Dataset:
+    """The images as a Ray Dataset with columns `row` (int64 row number) and `image` (uint8 (H, W, C)).
+
+    One task per shard reads and decodes; nothing is kept between epochs. With `seed` the shards come in another order in each
+    epoch; a shuffle buffer where they are consumed does the rest.
+    """
+    import ray.data
+
+    quiet_ray_data()
+    shards = [{"path": s.path, "rows": s.rows, "first_row": s.first_row} for s in dataset.shards]
+    stream: ray.data.Dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
+    stream.context.target_max_block_size = _BLOCK_BYTES
+    if seed is not None:
+        stream = stream.randomize_block_order(seed=ray.data.RandomSeedConfig(seed, reseed_after_execution=True))
+    return stream.map_batches(
+        _decode_shards,  # type: ignore[arg-type]  # Ray names no keyword arguments in its type
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=1,
+        fn_kwargs={
+            "dataset_uri": dataset.uri,
+            "decoding": Decoding(decode_px, resize, channels),
+            "splits": None if splits is None else list(splits),
+        },
+    )
+
+
+def _decode_shards(
+    batch: dict[str, NDArray[Any]], *, dataset_uri: str, decoding: Decoding, splits: list[str] | None
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The Ray Data task: shards in, batches of decoded images out."""
+    import torch
+
+    torch.set_num_threads(1)  # a task has one CPU
+    for path, rows, first in zip(batch["path"], batch["rows"], batch["first_row"], strict=True):
+        yield from decoded_batches(dataset_uri, Shard(str(path), int(rows), int(first)), decoding, splits)
+
+
+def quiet_ray_data() -> None:
+    """Turns off Ray Data's own progress bars and notices in this process: medssl shows progress itself."""
+    import logging
+
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def user_error(error: BaseException) -> BaseException:
+    """The MedsslError at the bottom of what Ray has wrapped around it, else the error itself."""
+    seen: set[int] = set()
+    inner: BaseException | None = error
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        if isinstance(inner, MedsslError) and not hasattr(inner, "as_instanceof_cause"):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return error
+
+
+class StreamFeed:
+    """Batches of one rank from its shard of a streamed dataset; the Feed of `medssl.training.feed` for streaming.
+
+    The order is random within a shuffle buffer and over shards. Which rank gets which image is Ray Data's choice, so unlike
+    the resident feed a run cannot be repeated batch for batch, and starts in the middle of no epoch.
+    """
+
+    def __init__(
+        self, stream: ray.data.DataIterator, images: int, batch_size: int, seed: int, process: Process
+    ) -> None:
+        """`stream` is `ray.train.get_dataset_shard(...)`, `images` counts the streamed images of all ranks."""
+        if images < batch_size:
+            raise RecipeError(f"batch_size {batch_size} is larger than the {images} images; use {images} or less")
+        share = rank_slice(batch_size, process)
+        self.batch_size = batch_size
+        self.steps_per_epoch = images // batch_size
+        self._stream = stream
+        self._images = images // process.world
+        self._share = share.stop - share.start
+        self._seed = seed * process.world + process.rank
+        self._pin = process.device.type == "cuda"
+        self._image_bytes: int = 0
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """uint8 (B, H, W, C) and row numbers (B,); as many on every rank.
+
+        Raises:
+            ValueError: `start_step` is not 0: a stream has no middle to start from.
+        """
+        import torch
+
+        if start_step:
+            raise ValueError("a streamed epoch cannot be taken up at a step: checkpoint at epoch ends only")
+        steps = 0
+        for batch in self._stream.iter_batches(
+            batch_size=self._share,
+            batch_format="numpy",
+            drop_last=True,
+            prefetch_batches=2,
+            local_shuffle_buffer_size=self._buffer_rows(),
+            local_shuffle_seed=self._seed + 1_000_003 * epoch,
+        ):
+            images_BHWC = np.ascontiguousarray(batch["image"])
+            self._image_bytes = int(images_BHWC[0].nbytes)
+            if steps < self.steps_per_epoch:  # what is left over is read, not used: the stream then ends on all ranks
+                steps += 1
+                images = torch.from_numpy(images_BHWC if images_BHWC.flags.writeable else images_BHWC.copy())
+                yield (images.pin_memory() if self._pin else images), torch.from_numpy(np.array(batch["row"], np.int64))
+        if steps < self.steps_per_epoch:
+            raise DataError(
+                f"the stream gave {steps} batches of {self._share}, {self.steps_per_epoch} were promised: run again"
+            )
+
+    def _buffer_rows(self) -> int:
+        """Images to shuffle among: up to 4096, as many as fit once the size of one is known, and a batch at least."""
+        fitting = _SHUFFLE_BYTES // self._image_bytes if self._image_bytes else 1024
+        return max(self._share, min(4096, fitting, self._images))
+
+
+# ------------------------------------------------------------------------------------------------------------- resident
+
+
+def resident_images(
+    dataset: Dataset,
+    *,
+    decode_px: int,
+    resize: Resize,
+    channels: int = 3,
+    cache_dir: str | Path | None = None,
+    progress: OnProgress | None = None,
+) -> ResidentImages:
+    """The decoded images on the calling node; Ray Data decodes them on the first call, later ones map the file.
+
+    Raises:
+        DataError: the images cannot be read, or the cache folder has no room.
+    """
+    decoding = Decoding(decode_px, resize, channels)
+
+    def batches() -> Batches:
+        stream = stream_images(dataset, decode_px=decode_px, resize=resize, channels=channels)
+        try:
+            for batch in stream.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+                yield cast(dict[str, NDArray[Any]], batch)
+        except Exception as error:
+            raise user_error(error) from error
+
+    return _open_or_build(dataset, decoding, cache_folder(cache_dir), batches, progress)
+
+
+def ensure_resident_on_nodes(
+    dataset: Dataset,
+    *,
+    decode_px: int,
+    resize: Resize,
+    channels: int = 3,
+    cache_dir: str | Path | None = None,
+    progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Sees to it that every alive node of the cluster has the resident file; returns the arguments of `open_resident`.
+
+    The calling node is first and shows progress; the others, which may share its cache folder, follow side by side.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    decoding = Decoding(decode_px, resize, channels)
+    arguments = {"dataset_uri": dataset.uri, "cache_dir": str(cache_dir) if cache_dir else None, **asdict(decoding)}
+    resident_images(
+        dataset, decode_px=decode_px, resize=resize, channels=channels, cache_dir=cache_dir, progress=progress
+    )
+    own = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    others = [n["NodeID"] for n in nodes if n["Alive"] and n["NodeID"] != own and n["Resources"].get("CPU", 0) > 0]
+    build = ray.remote(num_cpus=0, max_retries=2)(_build_on_node)
+    tasks = [
+        build.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(arguments)
+        for node in others
+    ]
+    try:
+        ray.get(tasks)
+    except ray.exceptions.RayError as error:
+        raise user_error(error) from error
+    return {**arguments, "digest": decoding.digest(dataset)}
+
+
+def _build_on_node(arguments: dict[str, Any]) -> None:
+    uri = arguments["dataset_uri"]
+    resident_images(open_dataset(uri), **{key: value for key, value in arguments.items() if key != "dataset_uri"})
+
+
+def open_resident(
+    *,
+    dataset_uri: str,
+    digest: str,
+    decode_px: int,
+    resize: Resize,
+    channels: int = 3,
+    cache_dir: str | None = None,
+) -> ResidentImages:
+    """The resident file of this node, by the arguments that `ensure_resident_on_nodes` returned. Needs no Ray.
+
+    A node that joined the cluster later has none yet: it is decoded here then, in this process.
+
+    Raises:
+        DataError: the dataset was ingested anew meanwhile and the file of the old one is not here.
+    """
+    folder = cache_folder(cache_dir)
+    if (folder / digest).is_dir():
+        return ResidentImages.open(folder / digest)
+    dataset, decoding = open_dataset(dataset_uri), Decoding(decode_px, resize, channels)
+    if decoding.digest(dataset) != digest:
+        raise DataError(f"dataset {dataset_uri} was ingested anew while it was in use: run the study again")
+
+    def batches() -> Batches:
+        for shard in dataset.shards:
+            yield from decoded_batches(dataset.uri, shard, decoding)
+
+    return _open_or_build(dataset, decoding, folder, batches, None)
+
+
+def _open_or_build(
+    dataset: Dataset,
+    decoding: Decoding,
+    folder: Path,
+    batches: Callable[[], Batches],
+    progress: OnProgress | None,
+) -> ResidentImages:
+    path = folder / decoding.digest(dataset)
+    if not path.is_dir():
+        with _locked(folder, path.name):
+            if not path.is_dir():  # nobody else has built it while this process waited
+                _build(dataset, decoding, path, batches(), progress)
+    images = ResidentImages.open(path)
+    if progress:
+        progress(len(images), len(images))
+    return images
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    """One builder per node and file. The operating system frees the lock of a process that died."""
+    from filelock import FileLock
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise DataError(
+            f"cannot write to the cache folder {folder} ({error.strerror}): set {CACHE_VARIABLE} to another"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(dataset: Dataset, decoding: Decoding, path: Path, batches: Batches, progress: OnProgress | None) -> None:
+    """Decodes into a folder beside `path` and renames it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for leftover in path.parent.glob(f"{path.name}{_BUILDING}*"):  # of a build that was killed: the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    building = path.with_name(f"{path.name}{_BUILDING}{os.getpid()}")
+    building.mkdir()
+    try:
+        total = len(dataset)
+        images_NHWC = _reserve(
+            building / IMAGES_FILE, (total, decoding.decode_px, decoding.decode_px, decoding.channels)
+        )
+        seen = np.zeros(total, bool)
+        for batch in batches:
+            images_NHWC[batch["row"]] = batch["image"]
+            seen[batch["row"]] = True
+            if progress:
+                progress(int(seen.sum()), total)
+        if not seen.all():
+            raise DataError(
+                f"{total - int(seen.sum())} images of {dataset.uri} did not arrive: was it ingested anew? Run again"
+            )
+        images_NHWC.flush()
+        image_ids = pa.array(dataset.index()["image_id"].tolist(), pa.string())
+        pq.write_table(pa.table({"image_id": image_ids}), building / IDS_FILE)
+        building.rename(path)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _reserve(file: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
+    """An empty .npy file whose room on the disk is certain: a full disk would kill a process that writes to its map."""
+    images: np.memmap[Any, np.dtype[np.uint8]] = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+    size = file.stat().st_size
+    try:
+        with file.open("r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, size)
+    except OSError as error:
+        raise DataError(
+            f"no room for {size / 1e9:.1f} GB of decoded images in {file.parent.parent} ({error.strerror}): set "
+            f"{CACHE_VARIABLE} to a folder with room, or lower decode_px"
+        ) from None
+    return images

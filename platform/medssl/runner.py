@@ -1,0 +1,209 @@
+"""Makes what a study still lacks, on Ray: each step finds what is missing, does it, and notes what is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+
+from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
+from medssl.errors import StoreError
+from medssl.events import Event
+from medssl.leases import Owner, lease
+from medssl.recipe import Arm, Protocol
+from medssl.results import StudyResult, build_report, load_result
+from medssl.stages.cluster import connected
+from medssl.stages.context import Context
+from medssl.stages.encode import EmbedTask, InitialiseTask, run_encoding
+from medssl.stages.evaluate import EvaluateTask, SearchTask, run_evaluations, run_search
+from medssl.stages.pretrain import run_pretrain
+from medssl.stages.specs import Spec
+from medssl.study import Pending, Study
+
+
+class Runner:
+    """Runs one study; Ray and the decoded images come up with the first stage that needs them."""
+
+    def __init__(self, study: Study, stack: ExitStack, address: str | None) -> None:
+        self.study = study
+        self._stack = stack
+        self._address = address
+
+    def run(self, *, rebuild_report: bool = False) -> StudyResult:
+        """All stages in order; returns the tables."""
+        study = self.study
+        name = study.report_name()
+        if name is not None and study.is_finished_name(name) and not rebuild_report:
+            study.emit(Event("message", f"study '{study.recipe.study}' is finished: nothing to do"))
+            return load_result(study.store, study.recipe, name)
+        self.encoders()
+        self.embeddings()
+        self.searches()
+        self.evaluations()
+        study.emit(Event("begin", "report"))
+        result = build_report(study)
+        study.emit(Event("end", "report"))
+        return result
+
+    # -- stages ------------------------------------------------------------------------------------------------
+
+    def encoders(self) -> None:
+        """Pretrains one encoder after the other, each on all workers; random ones are made side by side."""
+        study = self.study
+        missing = [entry for entry in study.encoders() if not study.is_finished(entry[2])]
+        self._encode(
+            "initialise",
+            [InitialiseTask(self.context, spec, arm.name, seed) for arm, seed, spec in missing if spec.stage == "initialise"],
+        )
+        for arm, seed, spec in missing:
+            if spec.stage == "pretrain":
+                self._make(spec, lambda on_progress, a=arm, s=seed, p=spec: self._pretrain(a, s, p, on_progress))
+
+    def _pretrain(self, arm: Arm, seed: int, spec: Spec, on_progress: Callable[[int, int, str], None]) -> Marker:
+        study, recipe = self.study, self.study.recipe
+        self._connect()
+        streaming = recipe.images.feeding == "streaming"
+        index = study.specs.index
+        return run_pretrain(
+            study.store, spec, recipe.plan(arm, seed),
+            dataset=study.dataset,
+            rows=index.index[index["split"].isin(recipe.pretraining_splits)].tolist(),
+            resident=None if streaming else dict(self.context.resident),
+            decoding={"decode_px": recipe.images.decode_px, "resize": recipe.images.resize},
+            splits=list(recipe.pretraining_splits),
+            compute=recipe.compute,
+            initial_weights=None if arm.initial_weights == "random" else arm.initial_weights,
+            on_progress=on_progress,
+        )  # fmt: skip
+
+    def embeddings(self) -> None:
+        """Features of every encoder for every probe."""
+        study = self.study
+        tasks: dict[str, EmbedTask] = {}
+        for protocol in study.recipe.protocols:
+            if protocol.kind != "linear_probe":
+                continue
+            for arm in study.recipe.arms:
+                for seed in study.specs.pretraining_seeds(arm, protocol):
+                    spec = study.embed_spec(arm, seed, protocol)
+                    if spec is None:
+                        raise StoreError(f"the encoder of {arm.name} seed {seed} vanished from the store: run the study again")
+                    if not study.is_finished(spec):
+                        encoder = study.specs.encoder(arm, seed)
+                        tasks[spec.name] = EmbedTask(
+                            self.context, spec, arm.name, protocol.name, encoder.name if encoder else None, seed
+                        )
+        self._encode("embed", list(tasks.values()))
+
+    def _encode(self, label: str, tasks: Sequence[InitialiseTask | EmbedTask]) -> None:
+        if not tasks:
+            return
+        self._connect()
+        self._stage(
+            label,
+            [t.spec for t in tasks],
+            lambda on_progress: run_encoding(tasks, self.study.recipe.compute, on_progress),
+        )
+
+    def searches(self) -> None:
+        """Searches one arm and protocol after the other; the trials of each run side by side."""
+        study = self.study
+        for arm, protocol in study.searches():
+            spec = study.search_spec(arm, protocol)
+            features = study.features(arm, 0, protocol)
+            if spec is None or features is None:
+                raise StoreError(f"the features of {arm.name} vanished from the store: run the study again")
+            if not study.is_finished(spec):
+                task = SearchTask(self.context, spec, arm.name, protocol.name, features.name)
+                self._make(spec, lambda on_progress, t=task: self._search(t, on_progress))
+
+    def _search(self, task: SearchTask, on_progress: Callable[[int, int, str], None]) -> Marker:
+        self._connect()
+        return run_search(task, self.study.recipe.compute, on_progress)
+
+    def evaluations(self) -> None:
+        """Evaluates what is missing, protocol by protocol; a probe's head seeds of one cell train together."""
+        study = self.study
+        for protocol in study.recipe.protocols:
+            cells = [c for c in study.specs.cells() if c.protocol.name == protocol.name]
+            pending = [p for c in cells if (p := study.pending(c)) is not None]
+            if pending:
+                self._evaluate(protocol, pending)
+
+    def _evaluate(self, protocol: Protocol, pending: list[Pending]) -> None:
+        self._connect()
+        tasks = [
+            EvaluateTask(
+                self.context, p.cell.arm.name, protocol.name, p.cell.pretraining_seed, p.cell.label_draw, p.specs,
+                p.features.name, p.encoder,
+                p.point,
+            )
+            for p in pending
+        ]  # fmt: skip
+        specs = [spec for p in pending for spec in p.specs.values()]
+        label = f"evaluate {protocol.name}"
+        self._stage(label, specs, lambda on_progress: run_evaluations(tasks, self.study.recipe, on_progress))
+
+    # -- common ------------------------------------------------------------------------------------------------
+
+    def _make(self, spec: Spec, build: Callable[[Callable[[int, int, str], None]], Marker]) -> None:
+        """Makes one artifact under its lease, unless another study has made it meanwhile."""
+        study = self.study
+        with lease(study.store, spec.name, on_wait=self._waiting(spec.label)) as held:
+            marker = read_marker(study.store, spec.name)
+            if marker is None:
+                study.emit(Event("begin", spec.label))
+                marker = build(self._progress(spec.label))
+                held.check()
+                study.emit(Event("end", spec.label))
+            study.record(spec, marker)
+
+    def _stage(self, label: str, specs: list[Spec], work: Callable[[Callable[[int, int, str], None]], None]) -> None:
+        """Makes many artifacts under one lease of them all."""
+        study = self.study
+        name = artifact_name("many", 1, {"specs": digest_json(sorted(s.name for s in specs))}, {})
+        with lease(study.store, name, on_wait=self._waiting(label)):
+            study.emit(Event("begin", label))
+            work(self._progress(label))
+            study.emit(Event("end", label))
+        markers = read_markers(study.store, [s.name for s in specs])
+        for spec in specs:
+            if spec.name not in markers:
+                raise StoreError(f"{spec.label} left no marker in the store: run the study again")
+            study.record(spec, markers[spec.name])
+
+    def _progress(self, label: str) -> Callable[[int, int, str], None]:
+        return lambda done, total, note="": self.study.emit(Event("progress", label, done, total, note))
+
+    def _waiting(self, label: str) -> Callable[[Owner], None]:
+        return lambda owner: self.study.emit(Event("message", f"{label} is being made by {owner}; waiting for it"))
+
+    def _connect(self) -> None:
+        if not self.__dict__.get("_is_connected"):
+            compute = self.study.recipe.compute
+            cpus = max(compute.workers * compute.cpus_per_worker, compute.trial_cpus)
+            self._stack.enter_context(connected(cpus=cpus, address=self._address))
+            self.__dict__["_is_connected"] = True
+
+    @cached_property
+    def context(self) -> Context:
+        """What tasks need; brings the decoded images onto every node."""
+        from medssl.rows import ensure_resident_on_nodes
+
+        study = self.study
+        self._connect()
+        images = study.recipe.images
+        label = f"decode {len(study.specs.index):,} images at {images.decode_px} px"
+        study.emit(Event("begin", label))
+        resident = ensure_resident_on_nodes(
+            study.dataset, decode_px=images.decode_px, resize=images.resize, channels=study.recipe.encoder.channels,
+            progress=lambda done, total: study.emit(Event("progress", label, done, total)),
+        )  # fmt: skip
+        study.emit(Event("end", label))
+        return Context(
+            study.store.uri,
+            study.dataset.uri,
+            digest_json(study.dataset.card["digests"]),
+            study.recipe.canonical(),
+            resident,
+        )

@@ -1,0 +1,68 @@
+"""A Ray to run on: the one the user points to, or one of our own that ends with the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from medssl.errors import MedsslError
+
+# Logical CPUs beyond the workers': Ray Data hangs without a message when a training holds every CPU of the cluster.
+SPARE_CPUS = 2
+
+
+@contextmanager
+def connected(*, cpus: int, address: str | None = None) -> Iterator[None]:
+    """A Ray with at least `cpus` + 2 logical CPUs for the time of the block.
+
+    An initialised Ray is used as it is and left alone. Otherwise `address` (or RAY_ADDRESS) names a running cluster, or a
+    local Ray is started and shut down at the end. Its usage statistics are off unless the user has set them.
+
+    Raises:
+        MedsslError: the address does not answer, or the cluster is too small.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ours = not ray.is_initialized()
+    if ours:
+        _start(cpus + SPARE_CPUS, address or os.environ.get("RAY_ADDRESS"))
+    try:
+        total = int(ray.cluster_resources().get("CPU", 0))
+        if total < cpus + SPARE_CPUS:
+            raise MedsslError(
+                f"the Ray cluster has {total} CPUs and the run needs {cpus} for its workers and {SPARE_CPUS} for reading: "
+                "add nodes, start Ray with a larger --num-cpus, or lower compute.workers"
+            )
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def require_gpus(gpus: float) -> None:
+    """Refuses a recipe that asks for more GPUs than the cluster has, which Ray would wait for without end."""
+    total = ray.cluster_resources().get("GPU", 0)
+    if gpus > total:
+        raise MedsslError(
+            f"the recipe asks for {gpus:g} GPUs and the Ray cluster has {total:g}: lower compute.gpus_per_worker "
+            "(0 trains on the CPU) or compute.workers"
+        )
+
+
+def _start(cpus: int, address: str | None) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address and address != "local":
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise MedsslError(
+                f"no Ray cluster answers at '{address}' ({reason}): check RAY_ADDRESS or leave it out"
+            ) from None
+        return
+    ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)

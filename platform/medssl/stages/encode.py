@@ -1,0 +1,169 @@
+"""Encoders without pretraining, and the features of every encoder: Ray tasks that read the resident images.
+
+A random encoder is not left with batch-norm statistics of zeros and ones: they are estimated on the unlabelled
+pretraining images, as training would have done, so that the comparison is about the weights.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from medssl.artifacts import folder, publish
+from medssl.errors import MedsslError
+from medssl.recipe import Compute, LinearProbe
+from medssl.stages.context import Context, Opened
+from medssl.stages.progress import OnProgress, Report, board
+from medssl.stages.specs import TEST, TRAIN, VALIDATION, Spec
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class InitialiseTask:
+    """A random encoder to be made."""
+
+    context: Context
+    spec: Spec
+    arm: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class EmbedTask:
+    """Features to be computed."""
+
+    context: Context
+    spec: Spec
+    arm: str
+    protocol: str
+    encoder: str | None
+    """Artifact of the encoder; None for colour features."""
+    seed: int
+
+
+def run_encoding(
+    tasks: Sequence[InitialiseTask | EmbedTask], compute: Compute, on_progress: OnProgress | None = None
+) -> None:
+    """Makes all artifacts, as many at once as the trials of the recipe.
+
+    Raises:
+        MedsslError: the first failure's.
+    """
+    concurrent = compute.concurrent_trials or max(1, int(ray.cluster_resources()["CPU"] - 2) // compute.trial_cpus)
+    with board(on_progress) as handle:
+        remote = ray.remote(_encode).options(
+            num_cpus=compute.trial_cpus, num_gpus=compute.gpus_per_worker or None, max_retries=compute.max_failures
+        )
+        for task in tasks:
+            handle.post.remote(task.spec.name, Report(0, task.spec.images))
+        running: list[Any] = []
+        try:
+            for task in tasks:
+                if len(running) >= concurrent:
+                    done, running = ray.wait(running, num_returns=1)
+                    ray.get(done)
+                running.append(remote.remote(task, compute.canonical(), handle))
+            ray.get(running)
+        except ray.exceptions.RayTaskError as error:
+            raise _unwrap(error) from None
+
+
+def _unwrap(error: ray.exceptions.RayTaskError) -> Exception:
+    cause = error.cause
+    if isinstance(cause, MedsslError):
+        # the class that Ray makes of the two would print the remote traceback
+        return next(kind for kind in type(cause).__mro__ if kind.__module__ == "medssl.errors")(_message(cause))
+    return error
+
+
+def _message(cause: Exception) -> str:
+    inner = getattr(cause, "cause", cause)
+    return str(inner.args[0]) if inner.args else str(inner)
+
+
+def _encode(task: InitialiseTask | EmbedTask, compute: dict[str, Any], handle: Any) -> None:
+    import torch
+
+    opened = task.context.open()
+    settings = Compute.model_validate(compute)
+    torch.set_num_threads(settings.trial_cpus)
+    device = torch.device("cuda" if settings.gpus_per_worker else "cpu")
+
+    def progress(done: int, total: int) -> None:
+        handle.post.remote(task.spec.name, Report(done, total))
+
+    make = _initialise if isinstance(task, InitialiseTask) else _embed
+    files = make(opened, task, device, progress)  # type: ignore[arg-type]
+    publish(
+        opened.store, task.spec.name, stage=task.spec.stage, version=task.spec.version, config=task.spec.config,
+        inputs=task.spec.inputs, files=files,
+    )  # fmt: skip
+    progress(task.spec.images, task.spec.images)
+
+
+def _initialise(opened: Opened, task: InitialiseTask, device: Any, progress: Any) -> dict[str, bytes]:
+    from medssl.networks.encoder import build_encoder, estimate_batch_norm, load_weights, save_weights
+    from medssl.views import eval_view
+
+    recipe = opened.recipe
+    arm = next(a for a in recipe.arms if a.name == task.arm)
+    params = recipe.encoder_of(arm)
+    encoder = build_encoder(params, task.seed).to(device)
+    if arm.initial_weights != "random":
+        from medssl.store import open_store
+
+        parent, _, key = arm.initial_weights.rpartition("/")
+        load_weights(encoder, open_store(parent).read(key))
+        return {"encoder.safetensors": save_weights(encoder)}
+    index = opened.specs.index
+    rows = index.index[index["split"].isin(recipe.pretraining_splits)].to_numpy()
+
+    def batches() -> Iterator[Any]:
+        for start in range(0, len(rows), _BATCH):
+            yield eval_view(read_batch(opened, rows[start : start + _BATCH], device), params)
+            progress(min(start + _BATCH, len(rows)), len(rows))
+
+    estimate_batch_norm(encoder, batches())
+    return {"encoder.safetensors": save_weights(encoder)}
+
+
+def read_batch(opened: Opened, rows: NDArray[np.int64], device: Any) -> Any:
+    """Images of these rows as a uint8 tensor (B, H, W, C) on the device."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(opened.images.images[rows])).to(device)
+
+
+def _embed(opened: Opened, task: EmbedTask, device: Any, progress: Any) -> dict[str, bytes]:
+    from medssl.stages.embed import embed
+
+    recipe = opened.recipe
+    arm = next(a for a in recipe.arms if a.name == task.arm)
+    protocol = next(p for p in recipe.protocols if p.name == task.protocol)
+    assert isinstance(protocol, LinearProbe)
+    index = opened.specs.index
+    rows = index.index[index["split"].isin((TRAIN, VALIDATION, TEST))].to_numpy()
+    weights = folder(opened.store, task.encoder).read("encoder.safetensors") if task.encoder else None
+    features = embed(weights, recipe.encoder_of(arm), opened.images, rows, device=device, on_progress=progress)
+    files = {"rows.npy": _npy(rows), "features.npy": _npy(features.astype(np.float32))}
+    if protocol.probe.bank_passes:
+        drawn = opened.specs.drawn_rows()
+        bank = embed(
+            weights, recipe.encoder_of(arm), opened.images, drawn, passes=protocol.probe.bank_passes,
+            views=protocol.probe.bank_views, seed=task.seed, device=device, on_progress=progress,
+        )  # fmt: skip
+        files |= {"bank_rows.npy": _npy(drawn), "bank.npy": _npy(bank.astype(np.float32))}
+    return files
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

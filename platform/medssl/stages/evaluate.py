@@ -1,0 +1,278 @@
+"""Search and evaluation of one arm under one protocol: the bodies of the Tune trials, and what they leave in the store.
+
+A search trains on the first label draw and is judged on the validation split; it never opens the test split (`_judged_rows`
+is the one place that picks rows). An evaluation trains with the chosen point and saves, for each head seed, the test
+images' probabilities, the scores, and what `predict` needs to apply it again: an artifact each.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from medssl.artifacts import Marker, folder, publish, read_marker
+from medssl.errors import DataError
+from medssl.metrics import METRICS
+from medssl.recipe import Arm, Compute, FineTune, LinearProbe, Protocol, Recipe
+from medssl.stages.context import Context, Opened
+from medssl.stages.progress import OnProgress
+from medssl.stages.search import fan_out, search
+from medssl.stages.specs import TEST, VALIDATION, Spec
+
+_WRITERS = 8
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """A search to be made."""
+
+    context: Context
+    spec: Spec
+    arm: str
+    protocol: str
+    features: str
+    """Artifact of the features (probe) or of the encoder (fine-tuning)."""
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """Head seeds of one cell to be evaluated."""
+
+    context: Context
+    arm: str
+    protocol: str
+    pretraining_seed: int
+    label_draw: int
+    specs: Mapping[int, Spec]
+    """Artifact of each head seed that is missing."""
+    features: str
+    encoder: str | None
+    """Artifact of the encoder; None for colour features."""
+    point: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Trained heads or networks of one cell, and what they say of the judged images."""
+
+    probabilities_SNK: NDArray[np.float32]
+    weights: list[dict[str, bytes]]
+    """Files to keep, per head seed."""
+
+
+def run_search(task: SearchTask, compute: Compute, on_progress: OnProgress | None = None) -> Marker:
+    """Tries every point on the validation split and publishes the best."""
+    opened = task.context.open()
+    arm, protocol = _named(opened.recipe, task.arm, task.protocol)
+    found = search(
+        _Score(task), protocol.search, store=folder(opened.store, task.spec.name), name=task.spec.name, compute=compute,
+        on_progress=on_progress,
+    )  # fmt: skip
+    points = [{**point, "score": score} for point, score in found.points]
+    facts = {
+        "best": dict(found.best),
+        "score": found.score,
+        "on_edge": found.on_edge,
+        "points": points,
+        "arm": arm.name,
+    }
+    return publish(
+        opened.store, task.spec.name, stage=task.spec.stage, version=task.spec.version, config=task.spec.config,
+        inputs=task.spec.inputs, files={"points.json": json.dumps(points, indent=1).encode()}, facts=facts,
+    )  # fmt: skip
+
+
+class _Score:
+    """The validation score of one point; called in a trial."""
+
+    def __init__(self, task: SearchTask) -> None:
+        self.task = task
+
+    def __call__(self, point: Mapping[str, float]) -> float:
+        """Mean score over the search's head seeds."""
+        opened = self.task.context.open()
+        arm, protocol = _named(opened.recipe, self.task.arm, self.task.protocol)
+        rows = _judged_rows(opened, "search")
+        seeds = range(protocol.search.head_seeds)
+        fitted = _fit(opened, arm, protocol, 0, self.task.features, seeds, point, rows)
+        labels = opened.specs.labels(rows)
+        metric = METRICS[protocol.search.metric]
+        return float(np.mean([metric(p.astype(np.float64), labels) for p in fitted.probabilities_SNK]))
+
+
+def run_evaluations(tasks: Sequence[EvaluateTask], recipe: Recipe, on_progress: OnProgress | None = None) -> None:
+    """Evaluates all cells: a probe's head seeds of one cell in one trial, each fine-tuning seed in a trial of its own."""
+    split = [
+        EvaluateTask(
+            t.context, t.arm, t.protocol, t.pretraining_seed, t.label_draw, part, t.features, t.encoder, t.point
+        )
+        for t in tasks
+        for part in _parts(_named(recipe, t.arm, t.protocol)[1], t.specs)
+    ]
+    fan_out(evaluate, split, compute=recipe.compute, weights=[max(1, sum(s.images for s in t.specs.values())) for t in split],
+            on_progress=on_progress)  # fmt: skip
+
+
+def _parts(protocol: Protocol, specs: Mapping[int, Spec]) -> list[Mapping[int, Spec]]:
+    return [specs] if protocol.kind == "linear_probe" else [{seed: spec} for seed, spec in specs.items()]
+
+
+def evaluate(task: EvaluateTask) -> None:
+    """Trains and judges the head seeds of one task; runs in a trial. What is finished already is not done again."""
+    opened = task.context.open()
+    arm, protocol = _named(opened.recipe, task.arm, task.protocol)
+    missing = {seed: spec for seed, spec in task.specs.items() if read_marker(opened.store, spec.name) is None}
+    if not missing:
+        return
+    rows = _judged_rows(opened, "evaluate")
+    fitted = _fit(opened, arm, protocol, task.label_draw, task.features, list(missing), task.point, rows)
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        jobs = [
+            pool.submit(
+                _publish, opened, arm, protocol, task, spec, seed, fitted.probabilities_SNK[position], files, rows
+            )
+            for position, ((seed, spec), files) in enumerate(zip(missing.items(), fitted.weights, strict=True))
+        ]
+        for job in jobs:
+            job.result()
+
+
+def _judged_rows(opened: Opened, purpose: Literal["search", "evaluate"]) -> NDArray[np.int64]:
+    """Rows that predictions are made for. The test split is opened by evaluate alone."""
+    return opened.specs.rows(VALIDATION if purpose == "search" else TEST)
+
+
+def _fit(
+    opened: Opened, arm: Arm, protocol: Protocol, draw: int, features: str, seeds: Sequence[int], point: Mapping[str, float],
+    judged: NDArray[np.int64],
+) -> Fitted:  # fmt: skip
+    rows = opened.specs.draw(draw)
+    if np.intersect1d(rows, judged).size:
+        raise DataError("images to train on are among those to be judged: the dataset's splits overlap")
+    if protocol.kind == "linear_probe":
+        return _fit_probe(opened, protocol, rows, features, seeds, point, judged)
+    return _fit_network(opened, arm, protocol, rows, features, seeds, point, judged)
+
+
+def _fit_probe(
+    opened: Opened, protocol: LinearProbe, rows: NDArray[np.int64], features: str, seeds: Sequence[int],
+    point: Mapping[str, float], judged: NDArray[np.int64],
+) -> Fitted:  # fmt: skip
+    from medssl.probes.linear import predict_heads, train_linear_heads
+
+    place = folder(opened.store, features)
+    table, position = _load(place.read("features.npy")), _positions(_load(place.read("rows.npy")))
+    bank = None
+    if protocol.probe.bank_passes:
+        bank_position = _positions(_load(place.read("bank_rows.npy")))
+        bank = torch.from_numpy(_load(place.read("bank.npy"))[:, bank_position(rows)])
+    labels = torch.from_numpy(opened.specs.labels(rows))
+    weights_SKE, biases_SK = train_linear_heads(
+        torch.from_numpy(table[position(rows)]), labels, len(opened.specs.classes), list(seeds), protocol.probe,
+        learning_rate=point["learning_rate"], weight_decay=point["weight_decay"], bank_PNE=bank,
+    )  # fmt: skip
+    probabilities = predict_heads(torch.from_numpy(table[position(judged)]), weights_SKE, biases_SK)
+    files = [{"head.safetensors": _head_bytes(w, b)} for w, b in zip(weights_SKE, biases_SK, strict=True)]
+    return Fitted(probabilities.numpy().astype(np.float32), files)
+
+
+def _fit_network(
+    opened: Opened, arm: Arm, protocol: FineTune, rows: NDArray[np.int64], encoder: str, seeds: Sequence[int],
+    point: Mapping[str, float], judged: NDArray[np.int64],
+) -> Fitted:  # fmt: skip
+    from medssl.training.finetune import finetune
+
+    device = torch.device("cuda" if torch.cuda.is_available() and opened.recipe.compute.gpus_per_worker else "cpu")
+    weights = folder(opened.store, encoder).read("encoder.safetensors")
+    probabilities, files = [], []
+    for seed in seeds:
+        tuned = finetune(
+            weights, opened.recipe.encoder_of(arm), opened.images, rows, opened.specs.labels(rows), len(opened.specs.classes),
+            protocol.training, learning_rate=point["learning_rate"], weight_decay=point["weight_decay"], seed=seed, device=device,
+        )  # fmt: skip
+        probabilities.append(tuned.predict(opened.images, judged))
+        keep = protocol.training.keep_weights == "all" or seed == 0
+        files.append({"model.safetensors": tuned.weights()} if keep else {})
+    return Fitted(np.stack(probabilities).astype(np.float32), files)
+
+
+def _publish(
+    opened: Opened, arm: Arm, protocol: Protocol, task: EvaluateTask, spec: Spec, seed: int,
+    probabilities_NK: NDArray[np.float32], files: Mapping[str, bytes], rows: NDArray[np.int64],
+) -> None:  # fmt: skip
+    labels = opened.specs.labels(rows)
+    wide = probabilities_NK.astype(np.float64)
+    scores = {name: float(METRICS[name](wide, labels)) for name in opened.recipe.metrics}
+    application = {
+        "kind": protocol.kind,
+        "features": arm.features,
+        "encoder": opened.recipe.encoder_of(arm).canonical() if arm.features == "encoder" else None,
+        "encoder_artifact": task.encoder if protocol.kind == "linear_probe" else None,
+        "images": {"decode_px": opened.recipe.images.decode_px, "resize": opened.recipe.images.resize},
+        "classes": opened.specs.classes,
+    }
+    publish(
+        opened.store, spec.name, stage=spec.stage, version=spec.version, config=spec.config, inputs=spec.inputs,
+        files={
+            "predictions.parquet": _predictions(
+                opened.specs.index.loc[rows], labels, opened.specs.classes, probabilities_NK, seed
+            ),
+            "model.json": json.dumps(application, indent=1).encode(),
+            **files,
+        },
+        facts={"scores": scores},
+    )  # fmt: skip
+
+
+def _predictions(
+    index: pd.DataFrame, labels: NDArray[np.int64], classes: list[str], probabilities_NK: NDArray[np.float32], seed: int
+) -> bytes:
+    table = pa.table({
+        "image_id": pa.array(index["image_id"].tolist(), pa.string()),
+        "patient_id": pa.array([None if pd.isna(p) else str(p) for p in index["patient_id"]], pa.string()),
+        "label": pa.array(labels, pa.int32()),
+        "label_name": pa.array([classes[k] for k in labels], pa.string()),
+        "seed": pa.array(np.full(len(labels), seed), pa.int32()),
+        **{f"p_{k}": pa.array(probabilities_NK[:, k], pa.float32()) for k in range(len(classes))},
+    })  # fmt: skip
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _named(recipe: Recipe, arm: str, protocol: str) -> tuple[Arm, Protocol]:
+    return next(a for a in recipe.arms if a.name == arm), next(p for p in recipe.protocols if p.name == protocol)
+
+
+def _load(data: bytes) -> NDArray[Any]:
+    array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
+
+
+def _positions(known: NDArray[np.int64]) -> Any:
+    """A function from row numbers to their positions in the sorted `known`."""
+
+    def positions(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = np.searchsorted(known, rows)
+        if not np.array_equal(known[np.minimum(found, len(known) - 1)], rows):
+            raise DataError("features were made for other images than the study's: run the study again")
+        return found.astype(np.int64)
+
+    return positions
+
+
+def _head_bytes(weight_KE: torch.Tensor, bias_K: torch.Tensor) -> bytes:
+    from safetensors.torch import save
+
+    return save({"weight": weight_KE.contiguous(), "bias": bias_K.contiguous()})

@@ -1,0 +1,350 @@
+"""ingest: a table or a folder of images -> a dataset in the store, on Ray Data.
+
+Rows are put in order of image id and cut into shards of equal row count. Each shard is one Ray Data task that reads, checks,
+strips, hashes and writes its images; the driver sees measurements only. As shards are cut by order and not by who is
+free, the same input gives the same bytes on any cluster. Shards are named by content: those that are in the store
+already are left as they are. The card goes last and replaces the old one at once; until then the old dataset is whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import pickle
+import posixpath
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from medssl.datasets.card import CARD, Provenance, build_card
+from medssl.datasets.dataset import read_card
+from medssl.datasets.folder import read_folder
+from medssl.datasets.leakage import Leakage, audit_leakage, check_bags
+from medssl.datasets.pseudonyms import pseudonymise
+from medssl.datasets.rowset import sorted_by_id
+from medssl.datasets.shards import SHARDS, Rejected, ShardResult, index_schema, write_shard
+from medssl.datasets.splits import DEFAULT_SHARES, check_shares, group_numbers, make_splits
+from medssl.datasets.table import TableColumns, read_table
+from medssl.errors import DataError
+from medssl.leases import Lease, Owner, lease
+from medssl.rows import quiet_ray_data, user_error
+from medssl.stages.cluster import connected
+from medssl.store import Store, open_store
+
+SHARD_ROWS = 256
+OnProgress = Callable[[int, int], None]
+"""Called with images done and images in all."""
+
+
+class TooManyRejected(DataError):
+    """More images than the limit allows could not be used; nothing was published."""
+
+    def __init__(self, message: str, rejected: Sequence[Rejected]) -> None:
+        super().__init__(message)
+        self.rejected = list(rejected)
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    """What an ingest has published."""
+
+    uri: str
+    card: dict[str, Any]
+    rejected: tuple[Rejected, ...]
+    """Images set aside, by image id."""
+    leakage: Leakage
+
+    @property
+    def images(self) -> int:
+        """Images in the dataset."""
+        return int(self.card["images"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines: the card without its list of shards, and the rejected images."""
+        card = {key: value for key, value in self.card.items() if key != "shards"}
+        return {
+            "uri": self.uri,
+            "images": self.images,
+            "rejected": [asdict(each) for each in self.rejected],
+            "card": card,
+        }
+
+    def to_text(self) -> str:
+        """For people; the last line says how many images there are and how many were set aside."""
+        card = self.card
+        splits = ", ".join(f"{split} {count:,}" for split, count in card["splits"].items())
+        lines = [f"{card['name']}: {len(card['classes'])} classes; {splits}"]
+        if card["unknown_patients"]:
+            lines.append(
+                f"{card['unknown_patients']:,} images have no patient id: each is taken for a patient of its own"
+            )
+        if self.leakage:
+            lines.append(f"WARNING, allowed by you: {self.leakage.describe()}")
+        if card["duplicates_across_splits"]:
+            lines.append(
+                f"WARNING: {card['duplicates_across_splits']:,} images are in another split as well: medssl inspect {self.uri}"
+            )
+        lines += [f"set aside: {each.uri}: {each.reason}" for each in self.rejected[:10]]
+        if len(self.rejected) > 10:
+            lines.append(f"... the whole list: {posixpath.join(self.uri, card['rejected_list'])}")
+        lines.append(f"{self.images:,} images ingested, {len(self.rejected):,} set aside: {self.uri}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """How a source is read and what becomes of it; the defaults suit a table with the usual column names."""
+
+    name: str | None = None
+    """Name of the dataset; the last part of its URI when None."""
+    columns: TableColumns = TableColumns()
+    """Names of a table's columns by role."""
+    root: str | None = None
+    """Folder or `s3://` URI that relative image paths start from; the table's own folder when None."""
+    label_separator: str | None = None
+    """Splits a label into several; None takes it as one."""
+    drop: tuple[str, ...] = ()
+    """Columns to leave out."""
+    licence: str = ""
+    """Licence text for the card."""
+    seed: int = 0
+    """Seed of the splits that the source does not give."""
+    shares: Mapping[str, float] | None = None
+    """Share of images by split, for those; `datasets.splits.DEFAULT_SHARES` when None."""
+    allow_leakage: bool = False
+    """Take given splits with a patient or bag on two sides, and record it."""
+    pseudonym_key: bytes | None = field(default=None, repr=False)
+    """Replace identifiers by keyed hashes; from `datasets.pseudonyms.read_key`."""
+    reject_limit: float = 0.05
+    """Largest share of images that may be unusable."""
+    synthetic: bool = False
+    """Recorded in the card: drawn by a program."""
+    shard_rows: int = SHARD_ROWS
+    """Images in a shard."""
+
+
+def ingest(
+    source: str | Path,
+    target: str,
+    options: IngestOptions | None = None,
+    *,
+    address: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_wait: Callable[[Owner], None] | None = None,
+) -> IngestResult:
+    """Packs the images of `source` into a dataset at `target`, replacing the one that is there.
+
+    Args:
+        source: a table (.csv, .tsv, .parquet) or a folder with a folder per class; a path or an `s3://` URI.
+        target: URI of the dataset.
+        options: see `IngestOptions`.
+        address: a running Ray cluster; an initialised Ray is used as it is.
+        on_progress: called as shards are finished.
+        on_wait: called when another ingest into the target has to be waited for.
+
+    Raises:
+        TooManyRejected: more than the limit of the images are unusable.
+        DataError: the source cannot be used as it is; the target is untouched.
+        StoreError: source or target cannot be reached.
+    """
+    options = options or IngestOptions()
+    if not 0 <= options.reject_limit <= 1:
+        raise DataError(f"reject limit is {options.reject_limit:g}: give a share between 0 and 1")
+    if options.shard_rows < 1:
+        raise DataError(f"shard_rows is {options.shard_rows}: give 1 or more")
+    rows, leakage, made = _complete_splits(_read_source(str(source), options), options)
+    replaced: list[str] = []
+    if options.pseudonym_key is not None:
+        rows, replaced = pseudonymise(rows, options.pseudonym_key)
+        rows = sorted_by_id(rows)
+    store = open_store(target, create=True)
+    provenance = Provenance(
+        name=options.name or posixpath.basename(store.uri.rstrip("/")),
+        licence=options.licence,
+        synthetic=options.synthetic,
+        split_seed=options.seed if made else None,
+        split_shares=check_shares(options.shares or DEFAULT_SHARES) if made else None,
+        leakage=leakage,
+        leakage_allowed=bool(leakage),
+        pseudonymised_columns=replaced,
+    )
+    with lease(store, "ingest", on_wait=on_wait) as held, connected(cpus=1, address=address):
+        read_card(store)  # refuses to replace what is no dataset before any work is done
+        results = _run_shards(rows, store, options, on_progress)
+        return _publish(rows, results, store, provenance, held)
+
+
+def _read_source(source: str, options: IngestOptions) -> pa.Table:
+    table_suffixes = (".csv", ".tsv", ".txt", ".parquet", ".pq")
+    if source.lower().endswith(table_suffixes) and not Path(source).is_dir():
+        return read_table(
+            source, options.columns, root=options.root, label_separator=options.label_separator, drop=options.drop
+        )
+    if options.columns != TableColumns() or options.root or options.drop or options.label_separator:
+        raise DataError(
+            f"{source} is taken for a folder per class: columns, root and label separator belong to a table"
+        )
+    return read_folder(source)
+
+
+def _complete_splits(rows: pa.Table, options: IngestOptions) -> tuple[pa.Table, Leakage, bool]:
+    """Rows with a split each, what leaks in the given ones, and whether any had to be made."""
+    patients, bags, given = (rows[column].to_pylist() for column in ("patient_id", "bag_id", "split"))
+    check_bags(patients, bags)
+    leakage = audit_leakage(patients, bags, given)
+    if leakage and not options.allow_leakage:
+        raise DataError(f"{leakage.describe()}: mend the split, or pass --allow-leakage to record it and go on")
+    if None not in given:
+        return rows, leakage, False
+    ids, labels = rows["image_id"].to_pylist(), rows["labels"].to_pylist()
+    names = [patient or bag or image for patient, bag, image in zip(patients, bags, ids, strict=True)]
+    strata = ["\0".join(each) or None for each in labels]
+    groups = group_numbers(patients, bags)
+    splits = make_splits(groups, names, strata, given, seed=options.seed, shares=options.shares)
+    return rows.set_column(rows.schema.get_field_index("split"), "split", pa.array(splits, pa.string())), leakage, True
+
+
+# ------------------------------------------------------------------------------------------------------------- Ray Data
+
+
+def _run_shards(
+    rows: pa.Table, store: Store, options: IngestOptions, on_progress: OnProgress | None
+) -> list[ShardResult]:
+    """All shards through Ray Data, results in shard order. Stops once the limit of rejected images is certainly passed."""
+    import ray.data
+
+    quiet_ray_data()
+    pieces = [rows.slice(start, options.shard_rows) for start in range(0, len(rows), options.shard_rows)]
+    items = [{"shard": number, "rows": _to_ipc(piece)} for number, piece in enumerate(pieces)]
+    results: dict[int, ShardResult] = {}
+    done = 0
+    # one row per shard: Ray Data may bundle or split rows as it likes without changing a shard
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _write_shards,  # type: ignore[arg-type]  # Ray names no keyword arguments in its type
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"store_uri": store.uri},
+        num_cpus=1,
+    )
+    try:
+        for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
+            number = batch["shard"][0].as_py()
+            results[number] = pickle.loads(batch["result"][0].as_py())
+            done += len(pieces[number])
+            if on_progress:
+                on_progress(done, len(rows))
+            _check_rejected(results, len(rows), done, options.reject_limit)
+    except TooManyRejected:
+        _remove_unreferenced(store)
+        raise
+    except Exception as error:
+        raise user_error(error) from error
+    return [results[number] for number in range(len(pieces))]
+
+
+def _write_shards(batch: pa.Table, *, store_uri: str) -> pa.Table:
+    """The Ray Data task."""
+    import torch
+
+    torch.set_num_threads(1)  # a task has one CPU
+    store = open_store(store_uri)
+    results = [pickle.dumps(write_shard(_from_ipc(rows.as_py()), store)) for rows in batch["rows"]]
+    return pa.table({"shard": batch["shard"], "result": pa.array(results, pa.binary())})
+
+
+def _check_rejected(results: dict[int, ShardResult], total: int, done: int, limit: float) -> None:
+    rejected = [each for number in sorted(results) for each in results[number].rejected]
+    if len(rejected) <= limit * total:
+        return
+    examples = "; ".join(f"{each.uri}: {each.reason}" for each in rejected[:3])
+    seen = f"of {total:,}" if done == total else f"of the first {done:,} (of {total:,})"
+    raise TooManyRejected(
+        f"{len(rejected):,} {seen} images cannot be used, more than the limit of {limit:.1%} of all ({examples}); nothing was "
+        "published: mend the images, or raise --reject-limit",
+        rejected,
+    )
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    out = io.BytesIO()
+    with pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return out.getvalue()
+
+
+def _from_ipc(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
+
+
+# ------------------------------------------------------------------------------------------------------------ publishing
+
+
+def _publish(
+    rows: pa.Table, results: Sequence[ShardResult], store: Store, provenance: Provenance, held: Lease
+) -> IngestResult:
+    """Writes index, list of rejected images and, last, the card; then removes what no card names any more."""
+    rejected = tuple(each for result in results for each in result.rejected)
+    index = _index(rows, results)
+    if not len(index):
+        raise TooManyRejected("not one image could be used; nothing was published", rejected)
+    data = _parquet_bytes(index)
+    sha256 = hashlib.sha256(data).hexdigest()
+    index_path = f"index-{sha256[:20]}.parquet"
+    store.write(index_path, data)
+    rejected_list = None
+    if rejected:
+        listing = _rejected_csv(rejected, with_paths=not provenance.pseudonymised_columns)
+        rejected_list = f"rejected-{hashlib.sha256(listing).hexdigest()[:20]}.csv"
+        store.write(rejected_list, listing)
+    provenance = replace(provenance, rejected=len(rejected), rejected_list=rejected_list)
+    entries = [result.entry for result in results if result.entry is not None]
+    card = build_card(index, entries, index_path, sha256, provenance)
+    held.check()  # not when another ingest has taken over meanwhile
+    store.write(CARD, json.dumps(card, indent=1, ensure_ascii=False).encode())
+    _remove_unreferenced(store)
+    return IngestResult(store.uri, card, rejected, provenance.leakage)
+
+
+def _index(rows: pa.Table, results: Sequence[ShardResult]) -> pa.Table:
+    """The rows that have an image, with its measurements."""
+    measured = {each.image_id: each for result in results for each in result.measured}
+    kept = rows.filter(pc.is_in(rows["image_id"], pa.array(list(measured), pa.string())))
+    facts = [measured[name] for name in kept["image_id"].to_pylist()]
+    for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("sha256", pa.string()), ("phash", pa.string())):
+        kept = kept.append_column(pa.field(name, kind), pa.array([getattr(each, name) for each in facts], kind))
+    return kept.select(index_schema(rows.schema).names)
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd")
+    return out.getvalue()
+
+
+def _rejected_csv(rejected: Sequence[Rejected], *, with_paths: bool) -> bytes:
+    """Paths can hold what pseudonyms hide, so they stay out of the store then; the caller's result has them."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["image_id", *(["uri"] if with_paths else []), "reason"])
+    writer.writerows([[each.image_id, *([each.uri] if with_paths else []), each.reason] for each in rejected])
+    return out.getvalue().encode()
+
+
+def _remove_unreferenced(store: Store) -> None:
+    """Deletes shards, indexes and lists that the card does not name: leftovers of an older card or of a broken ingest."""
+    card = read_card(store)
+    kept: set[str] = set()
+    if card is not None:
+        kept = {entry["path"] for entry in card["shards"]}
+        kept |= {card["index"]["path"], card["rejected_list"]}
+    for prefix in (f"{SHARDS}/", "index-", "rejected-"):
+        for entry in store.list(prefix):
+            if entry.key not in kept:
+                store.delete(entry.key)

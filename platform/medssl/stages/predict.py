@@ -1,0 +1,238 @@
+"""A finished arm applied to new images: the head, the encoder and the preprocessing all come from its artifact."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from medssl.artifacts import ARTIFACTS, STUDIES, folder, read_marker
+from medssl.errors import DataError, MissingKey, RecipeError, nearest
+from medssl.images import decode
+from medssl.networks.encoder import EncoderParams
+from medssl.store import Store, open_store
+
+_BATCH = 128
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a prediction wrote."""
+
+    path: Path
+    images: int
+    rejected: list[tuple[str, str]]
+    """Images that could not be read, with the reason."""
+
+    def to_text(self) -> str:
+        """One line per rejected image, then the count."""
+        lines = [f"not predicted: {path}: {reason}" for path, reason in self.rejected]
+        return "\n".join([*lines, f"{self.images} images predicted, {len(self.rejected)} set aside: {self.path}"])
+
+
+def predict(
+    arm: str,
+    images: Sequence[str],
+    out: Path,
+    *,
+    store_uri: str,
+    study: str | None = None,
+    protocol: str | None = None,
+    pretraining_seed: int = 0,
+    label_draw: int = 0,
+    head_seed: int = 0,
+) -> Predictions:
+    """Writes image, predicted class and the probability of each class for image files (or folders of them).
+
+    Args:
+        arm: name of an arm of a finished study in the store, or the name of an evaluate artifact.
+        out: .csv or .parquet; written whole or not at all.
+
+    Raises:
+        MedsslError: no such arm or run, no images, or the run's weights were not kept.
+    """
+    if out.suffix not in (".csv", ".parquet"):
+        raise RecipeError(f"--out {out}: end it in .csv or .parquet")
+    store = open_store(store_uri)
+    name = (
+        arm
+        if arm.startswith("evaluate-")
+        else _find(store, arm, study, protocol, pretraining_seed, label_draw, head_seed)
+    )
+    model = load_model(store, name)
+    paths = list(_files(images))
+    if not paths:
+        raise DataError(f"no images ({', '.join(SUFFIXES)}) in {', '.join(images)}")
+    kept: list[str] = []
+    rejected: list[tuple[str, str]] = []
+    parts: list[NDArray[np.float32]] = []
+    for start in range(0, len(paths), _BATCH):
+        batch = []
+        for path in paths[start : start + _BATCH]:
+            try:
+                batch.append(model.decode(path.read_bytes()))
+                kept.append(str(path))
+            except (DataError, OSError) as error:
+                rejected.append((str(path), str(error)))
+        if batch:
+            parts.append(model.probabilities(np.stack(batch)))
+    if not parts:
+        raise DataError(f"none of the {len(paths)} images could be read; the first: {rejected[0][0]}: {rejected[0][1]}")
+    _write(out, kept, np.concatenate(parts), model.classes)
+    return Predictions(out, len(kept), rejected)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A finished arm, ready to apply."""
+
+    classes: list[str]
+    features: str
+    encoder_params: EncoderParams | None
+    decoding: dict[str, Any]
+    encoder: torch.nn.Module | None
+    weight_KE: torch.Tensor
+    bias_K: torch.Tensor
+
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """An encoded image as the study decoded its own: (H, W, C) uint8."""
+        channels = self.encoder_params.channels if self.encoder_params else 3
+        return decode(data, px=self.decoding["decode_px"], resize=self.decoding["resize"], channels=channels)
+
+    def probabilities(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Class probabilities (B, K)."""
+        from medssl.probes.colour import colour_features
+        from medssl.probes.linear import predict_heads
+        from medssl.views import eval_view
+
+        if self.encoder is None or self.encoder_params is None:
+            features_BE = torch.from_numpy(colour_features(images_BHWC))
+        else:
+            with torch.inference_mode():
+                features_BE = self.encoder(eval_view(torch.from_numpy(images_BHWC), self.encoder_params)).float()
+        probabilities: NDArray[np.float32] = predict_heads(features_BE, self.weight_KE[None], self.bias_K[None])[
+            0
+        ].numpy()
+        return probabilities
+
+
+def load_model(store: Store, name: str) -> Model:
+    """The model of an evaluate artifact.
+
+    Raises:
+        DataError: the artifact is not finished, or its weights were not kept.
+    """
+    from safetensors.torch import load, save
+
+    from medssl.networks.encoder import build_encoder, load_weights
+
+    if read_marker(store, name) is None:
+        raise DataError(f"{store.uri_of(f'{ARTIFACTS}/{name}')} is not a finished evaluation")
+    place = folder(store, name)
+    facts = json.loads(place.read("model.json"))
+    params = EncoderParams.model_validate(facts["encoder"]) if facts["encoder"] else None
+    encoder = None
+    if facts["kind"] == "linear_probe":
+        head = load(place.read("head.safetensors"))
+        weights = (
+            folder(store, facts["encoder_artifact"]).read("encoder.safetensors") if facts["encoder_artifact"] else None
+        )
+    else:
+        try:
+            tensors = load(place.read("model.safetensors"))
+        except MissingKey:
+            raise DataError(
+                f"the weights of {name} were not kept: take head seed 0, or set training.keep_weights: all"
+            ) from None
+        head = {key.removeprefix("head."): value for key, value in tensors.items() if key.startswith("head.")}
+        weights = save({k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")})
+    if params is not None and weights is not None:
+        encoder = build_encoder(params, 0)
+        load_weights(encoder, weights)
+        encoder.eval()
+    return Model(facts["classes"], facts["features"], params, facts["images"], encoder, head["weight"], head["bias"])
+
+
+def _find(
+    store: Store,
+    arm: str,
+    study: str | None,
+    protocol: str | None,
+    pretraining_seed: int,
+    label_draw: int,
+    head_seed: int,
+) -> str:
+    index = _index(store, arm, study)
+    runs = index["evaluations"]
+    protocols = list(dict.fromkeys(run["protocol"] for run in runs))
+    chosen = protocol or protocols[0]
+    if chosen not in protocols:
+        raise RecipeError(f"arm '{arm}' has no protocol '{chosen}': {nearest(chosen, protocols)}")
+    wanted = {"protocol": chosen, "pretraining_seed": pretraining_seed, "label_draw": label_draw, "seed": head_seed}
+    for run in runs:
+        if all(run[key] == value for key, value in wanted.items()):
+            return str(run["artifact"])
+    last = {key: max(run[key] for run in runs if run["protocol"] == chosen) for key in wanted if key != "protocol"}
+    limits = ", ".join(f"{key.replace('_', ' ')} 0 to {value}" for key, value in last.items())
+    raise RecipeError(f"arm '{arm}' has no such run under {chosen}; it has {limits}")
+
+
+def _index(store: Store, arm: str, study: str | None) -> dict[str, Any]:
+    """The arm's index of the one study that has it."""
+    prefix = f"{STUDIES}/"
+    found: dict[str, list[str]] = {}
+    for entry in store.list(prefix):
+        parts = entry.key.removeprefix(prefix).split("/")
+        if len(parts) == 3 and parts[1] == "arms":
+            found.setdefault(parts[2].removesuffix(".json"), []).append(parts[0])
+    if arm not in found:
+        known = nearest(arm, found) if found else "it has no finished study"
+        raise RecipeError(f"no arm '{arm}' in {store.uri}: {known}")
+    studies = found[arm]
+    if study is None and len(studies) > 1:
+        raise RecipeError(f"arm '{arm}' is in several studies, name one with --study: {', '.join(studies)}")
+    chosen = study or studies[0]
+    if chosen not in studies:
+        raise RecipeError(f"study '{chosen}' has no arm '{arm}': {nearest(chosen, studies)}")
+    index: dict[str, Any] = json.loads(store.read(f"{prefix}{chosen}/arms/{arm}.json"))
+    return index
+
+
+def _files(images: Sequence[str]) -> Iterator[Path]:
+    for given in images:
+        path = Path(given)
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif path.exists():
+            yield path
+        else:
+            raise DataError(f"no image or folder at {path}")
+
+
+def _write(out: Path, paths: list[str], probabilities_NK: NDArray[np.float32], classes: list[str]) -> None:
+    table = pd.DataFrame({
+        "image": paths,
+        "predicted": [classes[k] for k in probabilities_NK.argmax(axis=1)],
+        **{f"p_{name}": probabilities_NK[:, k] for k, name in enumerate(classes)},
+    })  # fmt: skip
+    partial = out.with_name(f".{out.stem}-{uuid.uuid4().hex[:8]}{out.suffix}")
+    try:
+        if out.suffix == ".csv":
+            table.to_csv(partial, index=False)
+        else:
+            table.to_parquet(partial, index=False)
+        os.replace(partial, out)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)

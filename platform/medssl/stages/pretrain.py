@@ -1,0 +1,212 @@
+"""Pretraining on Ray Train: DDP workers that each call the plain loop of `medssl.training`.
+
+What Ray Train does here is to start the workers, to join them into a process group and to start them anew when one is
+lost. Checkpoints and metrics are the loop's own, in the artifact's folder: a restarted group, or a run started after its
+driver died, finds the last marked checkpoint there and goes on from it.
+
+Ray Train would replay any exception as often as it retries. Only lost processes and lost storage are worth that, so a
+worker turns every other failure into a return value, and leaves a note for its peers, who then fail with it instead of
+waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+import uuid
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+
+from medssl.artifacts import Marker, folder, publish
+from medssl.errors import MedsslError, NonFiniteLoss, StoreError
+from medssl.filesystem import retrying_filesystem
+from medssl.recipe import Compute
+from medssl.rows import StreamFeed, open_resident, stream_images
+from medssl.stages.cluster import require_gpus
+from medssl.stages.progress import OnProgress, Report, board
+from medssl.stages.specs import Spec
+from medssl.store import Store, open_store
+from medssl.training.plan import PretrainPlan
+
+_FAILURE_NOTE = "failure.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs; plain values that pickle without secrets."""
+
+    store_uri: str
+    artifact: str
+    plan: dict[str, Any]
+    rows: list[int]
+    """Row numbers of the pretraining images (resident feeding)."""
+    resident: dict[str, Any] | None
+    """How to open the resident file on any node; None streams."""
+    compute: dict[str, Any]
+    initial_weights: str | None
+
+
+def run_pretrain(
+    store: Store,
+    spec: Spec,
+    plan: PretrainPlan,
+    *,
+    dataset: Any,
+    rows: list[int],
+    resident: dict[str, Any] | None,
+    decoding: dict[str, Any],
+    splits: list[str],
+    compute: Compute,
+    initial_weights: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Marker:
+    """Trains (or goes on training) one encoder and publishes its artifact.
+
+    Args:
+        dataset: the open dataset, for streaming.
+        rows: row numbers of the images to train on.
+        resident: arguments of `rows.open_resident` when feeding is resident, else None.
+        decoding: decode_px and resize.
+        splits: splits to stream.
+        initial_weights: URI of encoder weights to start from.
+
+    Raises:
+        NonFiniteLoss: the loss turned NaN or infinite; nothing is retried.
+        MedsslError: a worker failed for a reason that retrying would not mend, or workers were lost too often.
+    """
+    require_gpus(compute.workers * compute.gpus_per_worker)
+    output = folder(store, spec.name)
+    output.delete(_FAILURE_NOTE)
+    with board(on_progress) as handle:
+        job = Job(store.uri, spec.name, plan.canonical(), rows, resident, compute.canonical(), initial_weights)
+        datasets = {} if resident else {"train": stream_images(dataset, splits=splits, seed=plan.seed, **decoding)}
+        outcome = _fit(store, spec.name, job, datasets, compute, handle)
+    if outcome["status"] == "failed":
+        raise MedsslError(f"{spec.label} failed: {outcome['error']}")
+    if outcome["status"] == "non_finite":
+        raise NonFiniteLoss(_explain_non_finite(spec, plan, outcome))
+    marker = publish(
+        store, spec.name, stage=spec.stage, version=spec.version, config=spec.config, inputs=spec.inputs,
+        present=outcome["files"], facts=outcome["facts"],
+    )  # fmt: skip
+    output.delete_prefix("checkpoints/")  # finished: the encoder is the result
+    return marker
+
+
+def _explain_non_finite(spec: Spec, plan: PretrainPlan, outcome: dict[str, Any]) -> str:
+    last = outcome["last_checkpoint_step"]
+    kept = f"the last checkpoint is of step {last}" if last is not None else "there is no checkpoint before it"
+    return (
+        f"{spec.label}: the loss is not finite at step {outcome['step']} (learning rate {outcome['learning_rate']:.3g}); "
+        f"{kept}. Lower optimiser.learning_rate (peak {plan.optimiser.learning_rate:g}), lengthen the warm-up or set "
+        "gradient_clip"
+    )
+
+
+def _fit(store: Store, name: str, job: Job, datasets: dict[str, Any], compute: Compute, handle: Any) -> dict[str, Any]:
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    filesystem, root = retrying_filesystem(store.uri_of("ray"))
+    run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # never the name of an earlier try: Ray Train would take up its state
+    gpu = compute.gpus_per_worker > 0
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": asdict(job), "board": handle},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=compute.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": compute.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=run_name,
+            storage_path=root,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3),
+        ),
+        datasets=datasets or None,
+        dataset_config=DataConfig(datasets_to_split="all") if datasets else None,
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.base_trainer.TrainingFailedError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise MedsslError(
+            f"{name}: training was given up after {compute.max_failures} restarts: {reason[-1]}"
+        ) from None
+    finally:
+        store.sub("ray").delete_prefix(run_name)
+    outcome = result.return_value
+    if not isinstance(outcome, dict):
+        raise MedsslError(
+            f"{name}: the workers ended without a result; see Ray's logs under /tmp/ray/session_latest/logs"
+        )
+    return outcome
+
+
+def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """The body of each Ray Train worker."""
+    from medssl import collectives
+
+    job = Job(**config["job"])
+    output = folder(open_store(job.store_uri), job.artifact)
+    try:
+        return _train(job, output, config["board"])
+    except (StoreError, ray.exceptions.RayError):
+        raise  # lost storage, lost processes: Ray Train starts the group anew
+    except Exception as error:
+        if output.exists(_FAILURE_NOTE):
+            return {"status": "failed", **json.loads(output.read(_FAILURE_NOTE))}
+        if collectives.peer_lost(error):
+            raise
+        note = {"error": _first_line(error), "traceback": traceback.format_exc()}
+        output.write(_FAILURE_NOTE, json.dumps(note).encode())
+        collectives.leave_process_group()  # peers waiting in a collective fail now, find the note and end as well
+        return {"status": "failed", **note}
+
+
+def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
+    import torch
+    from ray import train
+
+    from medssl import collectives
+    from medssl.training.feed import ResidentFeed
+    from medssl.training.loop import pretrain
+
+    compute = Compute(**job.compute)
+    torch.set_num_threads(compute.cpus_per_worker)
+    device = train.torch.get_device()
+    process = collectives.current_process(device)
+    plan = PretrainPlan.model_validate(job.plan)
+    if job.resident is not None:
+        feed = ResidentFeed(open_resident(**job.resident), job.rows, plan.batch_size, plan.seed, process)
+    else:
+        feed = StreamFeed(train.get_dataset_shard("train"), len(job.rows), plan.batch_size, plan.seed, process)
+
+    def post(progress: Any) -> None:
+        if process.rank == 0:
+            handle.post.remote("pretrain", Report(progress.images, progress.total_images, progress.note))
+
+    result = pretrain(
+        plan, feed, process, output,
+        checkpoint_every_steps=compute.checkpoint_every_steps if job.resident is not None else None,
+        keep_checkpoints=compute.keep_checkpoints,
+        on_progress=post,
+        initial_encoder=_read_weights(job.initial_weights),
+    )  # fmt: skip
+    return asdict(result)
+
+
+def _read_weights(uri: str | None) -> bytes | None:
+    if uri is None:
+        return None
+    parent, _, key = uri.rpartition("/")
+    return open_store(parent).read(key)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,77 @@
+"""Progress of work that runs elsewhere: workers report to a board, the driver reads it and draws.
+
+The board is a Ray actor that takes no CPU; a lost report is harmless, the next one holds the whole state.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+OnProgress = Callable[[int, int, str], None]
+"""Called with (done, total, note); done and total count images."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """State of one piece of work."""
+
+    done: int
+    total: int
+    note: str = ""
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Holds the latest report of each piece of work by name."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, Report] = {}
+
+    def post(self, name: str, report: Report) -> None:
+        """Replaces the report of `name`."""
+        self._reports[name] = report
+
+    def read(self) -> dict[str, Report]:
+        """All reports."""
+        return dict(self._reports)
+
+
+@contextmanager
+def board(on_progress: OnProgress | None, poll_seconds: float = 0.5) -> Iterator[Any]:
+    """A board whose summed reports are handed to `on_progress` from a thread of this process; yields its actor handle."""
+    handle = Board.remote()  # type: ignore[attr-defined]
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(poll_seconds):
+            _draw(handle, on_progress)
+
+    thread = threading.Thread(target=watch, name="medssl-progress", daemon=True)
+    if on_progress is not None:
+        thread.start()
+    try:
+        yield handle
+    finally:
+        stop.set()
+        if on_progress is not None:
+            thread.join(timeout=5)
+            _draw(handle, on_progress)
+        ray.kill(handle)
+
+
+def _draw(handle: Any, on_progress: OnProgress | None) -> None:
+    if on_progress is None:
+        return
+    try:
+        reports = ray.get(handle.read.remote(), timeout=5)
+    except ray.exceptions.RayError:  # the cluster is going away; the stage itself says what happened
+        return
+    if reports:
+        last = list(reports.values())[-1]
+        on_progress(sum(r.done for r in reports.values()), sum(r.total for r in reports.values()), last.note)

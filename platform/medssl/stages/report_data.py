@@ -1,0 +1,177 @@
+"""What a report is made of: plain frames and facts, filled from the store by the caller, so that rendering is pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+BOOTSTRAP = "nested bootstrap"
+WELCH = "Welch over head seeds"
+SAME_AGAINST_SAME = "random against random"
+"""Names in the column `test` of the comparisons: the evidence, the papers' test, that test where nothing differs."""
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "scores": ("arm", "protocol", "pretraining_seed", "label_draw", "head_seed", "metric", "value"),
+    "summary": (
+        "arm", "protocol", "metric", "mean", "std", "std_head", "std_draw", "std_pretraining",
+        "n", "n_pretraining", "n_draw", "n_head",
+    ),
+    "comparisons": ("better", "than", "protocol", "metric", "difference", "low", "high", "p", "test"),
+    "searches": ("arm", "protocol", "learning_rate", "weight_decay", "score", "best", "on_edge"),
+}  # fmt: skip
+"""Columns of the frames. A frame may have more; a missing column reads as empty."""
+
+
+def empty(frame: str) -> pd.DataFrame:
+    """An empty frame with the columns of `COLUMNS[frame]`."""
+    return pd.DataFrame(columns=list(COLUMNS[frame]))
+
+
+@dataclass(frozen=True)
+class ArmFacts:
+    """An arm as the report names it. The order of the arms in `ReportData.arms` is their order in tables."""
+
+    name: str
+    description: str = ""
+    """One phrase, such as `ResNet-18, Barlow Twins, 12 epochs`."""
+    kind: Literal["pretrained", "random", "colour"] = "pretrained"
+    """`colour` has no encoder: it needs no pretraining seeds, and is the floor for the others."""
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What the dataset card says, as far as a reader needs it."""
+
+    name: str
+    role: str = "pretraining and evaluation"
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Images by split and class (`counts["test"]["nv"]`); unlabelled images under the class name `(no label)`."""
+    groups: Mapping[str, int] = field(default_factory=dict)
+    """Patients by split (each unknown patient counts as one)."""
+    evaluated: bool = True
+    """Whether scores were measured on its test split."""
+    licence: str = ""
+    synthetic: bool = False
+    """Drawn by a program: its scores say nothing about patients."""
+    leakage_allowed: bool = False
+    leakage_patients: int = 0
+    """Patients with images on both sides of a split."""
+    unknown_patients: int = 0
+    """Images without a patient id."""
+    rejected: int = 0
+    """Images set aside at ingest as unreadable, truncated or missing."""
+    pseudonymised: bool = False
+    split_seed: int | None = None
+    """Seed of the splits that ingest made; None where the user gave them."""
+    digest: str = ""
+    """Content digest of images and labels, as in the card."""
+
+
+@dataclass(frozen=True, eq=False)
+class Confusion:
+    """Confusion counts of one arm and protocol on the test split, averaged over all repeats."""
+
+    classes: Sequence[str]
+    counts: NDArray[np.floating]
+    """(K, K) mean number of images; rows are the true class, columns the predicted one."""
+
+
+@dataclass(frozen=True)
+class SameAgainstSame:
+    """How often the test over head seeds finds a difference between two encoders of one arm, where there is none."""
+
+    arm: str
+    protocol: str
+    metric: str
+    pairs: int
+    """Pairs of pretraining seeds, within each label draw."""
+    share_significant: float
+    """Share of them with p below `threshold`."""
+    threshold: float = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """Everything a report shows. Frames have the columns of `COLUMNS`; all but `study` may be empty."""
+
+    study: str
+    description: str = ""
+    main_metric: str = "balanced_accuracy"
+    """The metric that the plain-language result and the figures use."""
+    main_protocol: str | None = None
+    """The protocol named first; None takes the first of the scores."""
+    interval_level: float = 0.95
+    """Coverage of `low` to `high` in the comparisons."""
+    arms: Sequence[ArmFacts] = ()
+    """Arms in order; arms of the frames that are not named here follow in order of appearance."""
+    datasets: Sequence[DatasetFacts] = ()
+
+    scores: pd.DataFrame = field(default_factory=lambda: empty("scores"))
+    summary: pd.DataFrame = field(default_factory=lambda: empty("summary"))
+    comparisons: pd.DataFrame = field(default_factory=lambda: empty("comparisons"))
+    """`test` is one of BOOTSTRAP, WELCH, SAME_AGAINST_SAME, or any other name, which is listed as it is."""
+    same_against_same: Sequence[SameAgainstSame] = ()
+    """The A/A line over all pairs of seeds, where it was counted (the comparisons hold single pairs)."""
+    searches: pd.DataFrame = field(default_factory=lambda: empty("searches"))
+    search_metric: str = "balanced_accuracy"
+    """What `score` in the searches is, measured on validation."""
+
+    histories: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    """Pretraining curves by arm. Columns: seed, step, epoch, then those of CURVES in report_figures and any others."""
+    confusions: Mapping[tuple[str, str], Confusion] = field(default_factory=dict)
+    """By (arm, protocol)."""
+    view_sheets: Mapping[str, bytes] = field(default_factory=dict)
+    """A PNG of augmented views by arm."""
+    feeding: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Rates of the feeding modes; every column is shown as it is named."""
+
+    recipe_yaml: str = ""
+    """The recipe as it was run, overrides applied."""
+    overrides: Sequence[str] = ()
+    """`--set` values of this run, such as `arms.0.epochs=5`."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Such as {"medssl": "0.1.0", "torch": "2.9.1", "ray": "2.60.0"}."""
+    hardware: str = ""
+    warnings: Sequence[str] = ()
+    """What a reader must know before believing the numbers (collapse, a stopped run, leakage). Shown first."""
+    notes: Sequence[str] = ()
+    """What a reader may want to know."""
+
+
+def arm_order(data: ReportData) -> list[str]:
+    """Names of all arms: those of `data.arms` first, then the others in order of appearance."""
+    names = [arm.name for arm in data.arms]
+    for frame in (data.summary, data.scores):
+        if "arm" in frame:
+            names += [str(name) for name in frame["arm"].unique()]
+    names += list(data.histories)
+    return list(dict.fromkeys(names))
+
+
+def protocol_order(data: ReportData) -> list[str]:
+    """Names of all protocols, the main one first."""
+    names = [] if data.main_protocol is None else [data.main_protocol]
+    for frame in (data.summary, data.scores):
+        if "protocol" in frame:
+            names += [str(name) for name in frame["protocol"].unique()]
+    return list(dict.fromkeys(names))
+
+
+def metric_order(data: ReportData) -> list[str]:
+    """Names of all metrics, the main one first."""
+    names = [data.main_metric]
+    for frame in (data.summary, data.scores):
+        if "metric" in frame:
+            names += [str(name) for name in frame["metric"].unique()]
+    return list(dict.fromkeys(names))
+
+
+def arm_kind(data: ReportData, name: str) -> str:
+    """Kind of an arm; one that `data.arms` does not name is its own name if that is a kind, else `pretrained`."""
+    kinds = {arm.name: arm.kind for arm in data.arms}
+    return kinds.get(name, name if name in ("random", "colour") else "pretrained")

@@ -1,0 +1,362 @@
+"""The tables of a report, and the same numbers as CSV, for the terminal and for machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medssl.stages.report_data import (
+    BOOTSTRAP,
+    COLUMNS,
+    SAME_AGAINST_SAME,
+    WELCH,
+    DatasetFacts,
+    ReportData,
+    arm_order,
+    metric_order,
+    protocol_order,
+)
+from medssl.stages.report_page import Column, Table
+from medssl.stages.report_text import (
+    LOWER_IS_BETTER,
+    NONE,
+    as_float,
+    cell,
+    count,
+    interval,
+    mean_std,
+    metric_title,
+    number3,
+    p_value,
+    signed3,
+    title_of,
+)
+
+
+def complete(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The frame with every column of `COLUMNS[name]` (missing ones empty), those first, a fresh index."""
+    columns = list(COLUMNS[name])
+    return frame.reindex(columns=[*columns, *(c for c in frame.columns if c not in columns)]).reset_index(drop=True)
+
+
+def result_table(data: ReportData, protocol: str) -> Table | None:
+    """Mean and standard deviation of every metric, one row an arm, as papers print it."""
+    summary = complete(data.summary, "summary")
+    rows = summary[summary["protocol"] == protocol]
+    if rows.empty:
+        return None
+    metrics = [m for m in metric_order(data) if (rows["metric"] == m).any()]
+    arms = [a for a in arm_order(data) if (rows["arm"] == a).any()]
+    found = {(str(r["arm"]), str(r["metric"])): r for _, r in rows.iterrows()}
+    lines, means = [], np.full((len(arms), len(metrics)), np.nan)
+    for i, arm in enumerate(arms):
+        line = [arm]
+        for j, metric in enumerate(metrics):
+            row = found.get((arm, metric))
+            line.append(NONE if row is None else mean_std(row["mean"], row["std"]))
+            means[i, j] = math.nan if row is None else as_float(row["mean"])
+        first = next(found[(arm, m)] for m in metrics if (arm, m) in found)
+        lines.append([*line, repeats(first)])
+    bold = set()
+    for j, metric in enumerate(metrics):
+        if len(arms) > 1 and np.isfinite(means[:, j]).any():
+            best = np.nanargmin(means[:, j]) if metric in LOWER_IS_BETTER else np.nanargmax(means[:, j])
+            bold.add((int(best), j + 1))
+    columns = [Column("arm"), *(Column(metric_title(m), "mean ± std", True) for m in metrics)]
+    columns.append(Column("n", "seeds × draws × heads", True))
+    caption = (
+        f"{title_of(protocol)}, test split: mean ± standard deviation over all n scores (pretraining seeds × label "
+        "draws × head seeds). Bold: the highest mean, which is not yet a claim; the comparisons below say what is."
+    )
+    caption += " AUC is one-vs-rest, averaged over classes." if "auc" in metrics else ""
+    return Table(caption, columns, lines, frozenset(bold))
+
+
+def repeats(row: pd.Series) -> str:
+    """`315 (3 × 3 × 35)`, or the number alone where the kinds are not told apart."""
+    kinds = [as_float(row.get(k)) for k in ("n_pretraining", "n_draw", "n_head")]
+    text = count(row.get("n"))
+    return f"{text} ({' × '.join(count(k) for k in kinds)})" if all(math.isfinite(k) for k in kinds) else text
+
+
+def spread_table(data: ReportData, metric: str) -> Table | None:
+    """Standard deviation of one metric over each kind of repeat."""
+    summary = complete(data.summary, "summary")
+    rows = summary[summary["metric"] == metric]
+    kinds = ("std_pretraining", "std_draw", "std_head")
+    if rows.empty or not any(math.isfinite(as_float(v)) for kind in kinds for v in rows[kind]):
+        return None
+    lines = []
+    for protocol in protocol_order(data):
+        for arm in arm_order(data):
+            for _, row in rows[(rows["protocol"] == protocol) & (rows["arm"] == arm)].iterrows():
+                spreads = [number3(row[kind]) for kind in kinds]
+                lines.append([arm, title_of(protocol), number3(row["mean"]), *spreads])
+    columns = [
+        Column("arm"), Column("protocol"), Column(f"mean {metric_title(metric)}", "", True),
+        Column("pretraining seeds", "std", True), Column("label draws", "std", True), Column("head seeds", "std", True),
+    ]  # fmt: skip
+    caption = f"Where the scatter of {metric_title(metric)} comes from: standard deviation over each kind of repeat."
+    return Table(caption, columns, lines)
+
+
+def comparison_table(data: ReportData, metrics: Sequence[str]) -> Table | None:
+    """One row a comparison: bootstrap interval, the Welch test, and beside it the same test where nothing differs."""
+    frame = complete(data.comparisons, "comparisons")
+    kept = frame[frame["metric"].isin(list(metrics)) & frame["test"].isin([BOOTSTRAP, WELCH])]
+    if kept.empty:
+        return None
+    lines = []
+    keys = ["better", "than", "protocol", "metric"]
+    for key in dict.fromkeys(tuple(str(v) for v in row) for row in kept[keys].itertuples(index=False)):
+        mine = kept[(kept[keys].astype(str) == list(key)).all(axis=1)]
+        by_test = {str(r["test"]): r for _, r in mine.iterrows()}
+        evidence, welch = by_test.get(BOOTSTRAP), by_test.get(WELCH)
+        first = evidence if evidence is not None else mine.iloc[0]
+        line = [f"{key[0]} over {key[1]}", title_of(key[2]), metric_title(key[3]), signed3(first["difference"])]
+        line.append(NONE if evidence is None else interval(evidence["low"], evidence["high"]))
+        line.append(NONE if evidence is None else p_value(evidence["p"]))
+        line.append(NONE if welch is None else p_value(welch["p"]))
+        line.append(_same_line(frame, key[2], key[3]))
+        lines.append(line)
+    columns = [
+        Column("comparison"), Column("protocol"), Column("metric"), Column("difference", "", True),
+        Column(f"{data.interval_level:.0%} interval", BOOTSTRAP, True), Column("p", BOOTSTRAP, True),
+        Column("p", WELCH, True), Column("p of A/A line", "random against random", True),
+    ]  # fmt: skip
+    caption = "Comparisons on the test split. The interval is the evidence. A/A: Welch's test where nothing differs."
+    caption += " Intervals and p are not corrected for the number of comparisons." if len(lines) > 1 else ""
+    return Table(caption, columns, lines)
+
+
+def _same_line(frame: pd.DataFrame, protocol: str, metric: str) -> str:
+    """p of the A/A rows of a protocol and metric: the one value, or the range over pairs."""
+    p = same_against_same(frame, protocol, metric)
+    if not len(p):
+        return NONE
+    low, high = p_value(p.min()), p_value(p.max())
+    return low if len(p) == 1 else f"{low} … {high} ({len(p)} pairs)" if low != high else f"{low} ({len(p)} pairs)"
+
+
+def same_against_same(comparisons: pd.DataFrame, protocol: str | None = None, metric: str | None = None) -> np.ndarray:
+    """p values of the A/A rows, of one protocol and metric if given."""
+    rows = comparisons[comparisons["test"] == SAME_AGAINST_SAME] if "test" in comparisons else comparisons.iloc[:0]
+    for column, value in (("protocol", protocol), ("metric", metric)):
+        rows = rows if value is None or rows.empty else rows[rows[column] == value]
+    p = pd.to_numeric(rows["p"], errors="coerce").to_numpy(dtype=float) if len(rows) else np.empty(0)
+    return p[np.isfinite(p)]
+
+
+def all_tests_table(data: ReportData) -> Table | None:
+    """Every row of the comparisons as it is, the A/A rows right below the Welch tests of their protocol and metric."""
+    frame = complete(data.comparisons, "comparisons")
+    if frame.empty:
+        return None
+    rank = {BOOTSTRAP: 0, WELCH: 1, SAME_AGAINST_SAME: 2}
+    order = frame.assign(
+        _protocol=[_place(protocol_order(data), v) for v in frame["protocol"]],
+        _metric=[_place(metric_order(data), v) for v in frame["metric"]],
+        _test=[rank.get(str(v), 3) for v in frame["test"]],
+    ).sort_values(["_protocol", "_metric", "_test"], kind="stable")
+    lines = [
+        [
+            f"{row['better']} over {row['than']}", title_of(str(row["protocol"])), metric_title(str(row["metric"])),
+            str(row["test"]), signed3(row["difference"]), interval(row["low"], row["high"]), p_value(row["p"]),
+        ]
+        for _, row in order.iterrows()
+    ]  # fmt: skip
+    columns = [
+        Column("comparison"), Column("protocol"), Column("metric"), Column("test"), Column("difference", "", True),
+        Column(f"{data.interval_level:.0%} interval", "", True), Column("p", "", True),
+    ]  # fmt: skip
+    return Table("Every test of this study.", columns, lines)
+
+
+def _place(order: Sequence[str], value: object) -> int:
+    return order.index(str(value)) if str(value) in order else len(order)
+
+
+def chosen_table(data: ReportData) -> Table | None:
+    """What each search chose."""
+    frame = complete(data.searches, "searches")
+    rows = frame[frame["best"].fillna(False).astype(bool)] if len(frame) else frame
+    if rows.empty:
+        return None
+    lines = []
+    for _, row in rows.iterrows():
+        tried = int(((frame["arm"] == row["arm"]) & (frame["protocol"] == row["protocol"])).sum())
+        rate, decay = (f"{as_float(row[c]):.3g}" for c in ("learning_rate", "weight_decay"))
+        found = [rate, decay, number3(row["score"]), count(tried), "yes" if on_edge(row) else "no"]
+        lines.append([str(row["arm"]), title_of(str(row["protocol"])), *found])
+    columns = [
+        Column("arm"), Column("protocol"), Column("learning rate", "", True), Column("weight decay", "", True),
+        Column(metric_title(data.search_metric), "validation", True), Column("points tried", "", True),
+        Column("on the edge", "of the search space"),
+    ]  # fmt: skip
+    return Table("Learning rate and weight decay that the searches chose on the validation split.", columns, lines)
+
+
+def on_edge(row: pd.Series) -> bool:
+    """Whether a search row is marked as lying on the edge of its search space."""
+    value = row.get("on_edge")
+    return bool(value) and not (isinstance(value, float) and math.isnan(value))
+
+
+def per_class(data: ReportData) -> pd.DataFrame:
+    """From the confusion counts: arm, protocol, class, images, recall, precision."""
+    order = [(a, p) for p in protocol_order(data) for a in arm_order(data)]
+    keys = [k for k in order if k in data.confusions] + sorted(k for k in data.confusions if k not in order)
+    rows = []
+    for arm, protocol in keys:
+        matrix = data.confusions[(arm, protocol)]
+        counts_KK = np.asarray(matrix.counts, dtype=float)
+        for k, name in enumerate(matrix.classes):
+            true, predicted, right = counts_KK[k].sum(), counts_KK[:, k].sum(), counts_KK[k, k]
+            recall = right / true if true > 0 else math.nan
+            precision = right / predicted if predicted > 0 else math.nan
+            rows.append((arm, protocol, str(name), float(true), float(recall), float(precision)))
+    return pd.DataFrame(rows, columns=["arm", "protocol", "class", "images", "recall", "precision"])
+
+
+def recall_table(data: ReportData, protocol: str) -> Table | None:
+    """Recall of every class, one column an arm."""
+    frame = per_class(data)
+    frame = frame[frame["protocol"] == protocol]
+    if frame.empty:
+        return None
+    arms = list(dict.fromkeys(frame["arm"]))
+    lines = []
+    for name in dict.fromkeys(frame["class"]):
+        mine = frame[frame["class"] == name]
+        recalls = {str(r["arm"]): number3(r["recall"]) for _, r in mine.iterrows()}
+        lines.append([str(name), count(mine["images"].iloc[0]), *(recalls.get(a, NONE) for a in arms)])
+    columns = [Column("class"), Column("test images", "", True), *(Column(a, "recall", True) for a in arms)]
+    caption = f"{title_of(protocol)}: recall (share of a class's images that were recognised), mean over all repeats."
+    return Table(caption, columns, lines)
+
+
+def counts_table(facts: DatasetFacts) -> Table | None:
+    """Images and patients of a dataset by split and class."""
+    if not facts.counts:
+        return None
+    splits = sorted(facts.counts, key=lambda s: (_place(("train", "validation", "test"), s), s))
+    names = sorted({c for split in facts.counts.values() for c in split})
+    lines = [[name, *(count(facts.counts[s].get(name, 0)) for s in splits)] for name in names]
+    lines = [[*line, count(sum(facts.counts[s].get(line[0], 0) for s in splits))] for line in lines]
+    sums = [sum(facts.counts[s].values()) for s in splits]
+    lines.append(["all images", *(count(n) for n in sums), count(sum(sums))])
+    if facts.groups:
+        groups = [count(facts.groups[s]) if s in facts.groups else NONE for s in splits]
+        together = NONE if facts.leakage_allowed else count(sum(facts.groups.values()))  # the same patient twice
+        lines.append(["patients", *groups, together])
+    columns = [Column("class"), *(Column(s, "images", True) for s in splits), Column("together", "images", True)]
+    return Table(f"Dataset {facts.name} ({facts.role}): images by split and class.", columns, lines)
+
+
+def card_table(facts: DatasetFacts) -> Table:
+    """The other facts of a dataset card."""
+    leak = "none: no patient is in two splits"
+    if facts.leakage_allowed:
+        leak = f"ALLOWED by the user: {count(facts.leakage_patients)} patients have images in two splits"
+    made = f"made at ingest, patient-disjoint, seed {facts.split_seed}"
+    seed = "given by the user" if facts.split_seed is None else made
+    rows = [
+        ["licence", facts.licence or "not stated"],
+        ["synthetic", "yes: drawn by a program, not taken from patients" if facts.synthetic else "no"],
+        ["patient leakage", leak],
+        ["images without a patient id", count(facts.unknown_patients)],
+        ["images set aside at ingest", count(facts.rejected)],
+        ["patient ids", "replaced by keyed hashes" if facts.pseudonymised else "as given"],
+        ["splits", seed],
+    ]
+    rows += [["content digest", facts.digest]] if facts.digest else []
+    return Table(f"Dataset card of {facts.name}.", [Column("field"), Column("value")], rows)
+
+
+def feeding_table(data: ReportData) -> Table | None:
+    """The feeding rates as they were given."""
+    frame = data.feeding
+    if frame.empty:
+        return None
+    numeric = [pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c]) for c in frame]
+    columns = [Column(title_of(str(c)), "", n) for c, n in zip(frame.columns, numeric, strict=True)]
+    lines = [[cell(v) for v in row] for row in frame.itertuples(index=False)]
+    return Table("How fast images were fed to the training.", columns, lines)
+
+
+def csv_files(data: ReportData) -> dict[str, bytes]:
+    """The frames as CSV, with all their digits."""
+    frames = {name: complete(getattr(data, name), name) for name in COLUMNS}
+    frames["per_class"] = per_class(data)
+    return {f"{name}.csv": frame.to_csv(index=False, lineterminator="\n").encode() for name, frame in frames.items()}
+
+
+def result_json(
+    study: str, scores: pd.DataFrame, summary: pd.DataFrame, comparisons: pd.DataFrame
+) -> dict[str, Any]:
+    """The results for machines: `{"study", "arms": [...], "comparisons": [...]}`, numbers unrounded, NaN as null.
+
+    `values` of an arm are its scores ordered by pretraining seed, label draw and head seed.
+    """
+    scores, summary = complete(scores, "scores"), complete(summary, "summary")
+    repeats_of = ["pretraining_seed", "label_draw", "head_seed"]
+    arms = []
+    for _, row in summary.iterrows():
+        mine = scores[(scores[["arm", "protocol", "metric"]] == list(row[["arm", "protocol", "metric"]])).all(axis=1)]
+        ordered = mine.sort_values(repeats_of, kind="stable")["value"]
+        number = as_float(row["n"])
+        arms.append({
+            "arm": str(row["arm"]), "protocol": str(row["protocol"]), "metric": str(row["metric"]),
+            "mean": _json(row["mean"]), "std": _json(row["std"]),
+            "n": int(number) if math.isfinite(number) else len(ordered), "values": [_json(v) for v in ordered],
+        })  # fmt: skip
+    tests = [
+        {c: str(row[c]) if c in ("better", "than", "protocol", "metric", "test") else _json(row[c])
+         for c in COLUMNS["comparisons"]}
+        for _, row in complete(comparisons, "comparisons").iterrows()
+    ]  # fmt: skip
+    return {"study": study, "arms": arms, "comparisons": tests}
+
+
+def _json(value: Any) -> float | None:
+    x = as_float(value)
+    return x if math.isfinite(x) else None
+
+
+def format_result_table(summary: pd.DataFrame, comparisons: pd.DataFrame, *, metric: str | None = None) -> str:
+    """The results as aligned plain text for a terminal; `metric` limits the comparisons to one metric."""
+    data = ReportData(study="", summary=summary, comparisons=comparisons, main_metric=_first_metric(summary))
+    blocks = []
+    for protocol in protocol_order(data):
+        table = result_table(data, protocol)
+        if table is not None:
+            heads = [title_of(protocol), *(_short_title(c.title) for c in table.columns[1:])]
+            blocks.append(_aligned([heads, *table.rows], [False, *(c.numeric for c in table.columns[1:])]))
+    limited = comparisons if metric is None or comparisons.empty else comparisons[comparisons["metric"] == metric]
+    tests = all_tests_table(ReportData(study="", summary=summary, comparisons=limited, main_metric=data.main_metric))
+    if tests is not None:
+        rows = [[r[0], r[1], _short_title(r[2]), *r[4:], r[3]] for r in tests.rows]
+        heads = ["comparison", "protocol", "metric", "difference", tests.columns[5].title, "p", "test"]
+        blocks.append(_aligned([heads, *rows], [False, False, False, True, True, True, False]))
+    return "\n\n".join(blocks) if blocks else "no results yet"
+
+
+def _first_metric(summary: pd.DataFrame) -> str:
+    return str(summary["metric"].iloc[0]) if len(summary) else "balanced_accuracy"
+
+
+def _short_title(title: str) -> str:
+    return title.replace("balanced accuracy", "bal. accuracy")
+
+
+def _aligned(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
+    widths = [max(len(line[c]) for line in lines) for c in range(len(right))]
+    texts = [
+        "  ".join(f"{t:>{w}}" if r else f"{t:<{w}}" for t, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join([texts[0], "-" * max(len(t) for t in texts), *texts[1:]])

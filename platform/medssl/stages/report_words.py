@@ -1,0 +1,285 @@
+"""The plain-language part of a report: what was found, for whom it holds, and what to be careful about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from medssl.stages.report_data import (
+    BOOTSTRAP,
+    SAME_AGAINST_SAME,
+    WELCH,
+    DatasetFacts,
+    ReportData,
+    arm_kind,
+    arm_order,
+    protocol_order,
+)
+from medssl.stages.report_page import Text
+from medssl.stages.report_tables import complete, on_edge, same_against_same
+from medssl.stages.report_text import (
+    LOWER_IS_BETTER,
+    as_float,
+    interval,
+    metric_title,
+    number3,
+    plural,
+    signed3,
+    title_of,
+)
+
+FEW_REPEATS = 3
+"""Fewer pretraining seeds or label draws than this are called few."""
+_COLLAPSED_RANK = 2.0
+
+MEANINGS = {
+    "accuracy": "Accuracy is the share of test images that were named correctly.",
+    "balanced_accuracy": (
+        "Balanced accuracy is the mean over the classes of the share of a class's images that were named correctly, so "
+        "that rare classes count as much as common ones."
+    ),
+    "f1_macro": "Macro F1 is the mean over the classes of the harmonic mean of recall and precision.",
+    "f1_weighted": "Weighted F1 is the harmonic mean of recall and precision, averaged over images.",
+    "auc": (
+        "AUC (one-vs-rest) is the chance that an image of a class is ranked above an image of another class, averaged "
+        "over classes; 0.5 is guessing."
+    ),
+}
+
+
+def verdicts(data: ReportData) -> list[Text]:
+    """One statement a comparison on the main metric with a bootstrap interval; one saying so where there is none."""
+    frame = complete(data.comparisons, "comparisons")
+    rows = frame[(frame["test"] == BOOTSTRAP) & (frame["metric"] == data.main_metric)]
+    said = [_verdict(data, row) for p in protocol_order(data) for _, row in rows[rows["protocol"] == p].iterrows()]
+    said += [_verdict(data, row) for _, row in rows[~rows["protocol"].isin(protocol_order(data))].iterrows()]
+    if said:
+        return said
+    if complete(data.summary, "summary").empty:
+        return [Text("The study holds no scores.", "No result yet.", "unclear")]
+    why = (
+        f"No comparison of arms by {metric_title(data.main_metric)} with an interval over repeats and patients was "
+        "made, so no arm is called better. The table below gives the scores as they were measured."
+    )
+    return [Text(why, "No claim.", "unclear")]
+
+
+def _verdict(data: ReportData, row: pd.Series) -> Text:
+    better, than, protocol = str(row["better"]), str(row["than"]), str(row["protocol"])
+    low, high, difference = as_float(row["low"]), as_float(row["high"]), as_float(row["difference"])
+    sign = -1 if data.main_metric in LOWER_IS_BETTER else 1
+    first, second = mean_of(data, better, protocol), mean_of(data, than, protocol)
+    title = metric_title(data.main_metric)
+    means = f"{number3(first)} against {number3(second)}, a " if math.isfinite(first) and math.isfinite(second) else ""
+    measured = f"{title[0].upper()}{title[1:]}: {means}difference of {signed3(difference)}"
+    span = f"({data.interval_level:.0%} interval {interval(low, high)})"
+    where = title_of(protocol)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        text = f"{measured}. No interval could be computed, so nothing is claimed."
+        return Text(text, f"{better} against {than} ({where}): no claim.", "unclear")
+    ends = sorted((sign * low, sign * high))
+    if ends[0] > 0 or ends[1] < 0:
+        text = f"{measured} {span}.{_in_hundred(data.main_metric, first, second, better, than)}"
+        text += _few(data, better, than, protocol)
+        if any(_single_pretraining(data, arm, protocol) for arm in (better, than)):
+            higher = "better" if ends[0] > 0 else "worse"
+            return Text(text, f"{better} scored {higher} than {than} ({where}), from a single pretraining.", "unclear")
+        return Text(text, f"{better} is {'better' if ends[0] > 0 else 'worse'} than {than} ({where}).", "good")
+    text = (
+        f"{measured} {span}. The interval includes no difference: these data do not show which of the two is better, "
+        "nor that they are equally good."
+    )
+    head = f"Not enough evidence: {better} against {than} ({where})."
+    return Text(text + _few(data, better, than, protocol), head, "unclear")
+
+
+def _in_hundred(metric: str, first: float, second: float, better: str, than: str) -> str:
+    drawn = {"accuracy": "test images", "balanced_accuracy": "test images drawn evenly from all classes"}.get(metric)
+    if drawn is None or not (math.isfinite(first) and math.isfinite(second)):
+        return ""
+    of = 100 if round(100 * first) != round(100 * second) else 1000
+    return f" Of {of:,} {drawn}, {better} names about {of * first:.0f} correctly and {than} about {of * second:.0f}."
+
+
+def _few(data: ReportData, better: str, than: str, protocol: str) -> str:
+    """The reservation that too few repeats call for; empty where there are enough."""
+    lacking = [r for arm in (better, than) if (r := few_repeats(data, arm, protocol))]
+    return f" Few repeats: {'; '.join(lacking)}; the interval may be too narrow." if lacking else ""
+
+
+def _single_pretraining(data: ReportData, arm: str, protocol: str) -> bool:
+    """Whether an arm with an encoder has one pretraining seed, which tells of that encoder and not of the method."""
+    return arm_kind(data, arm) != "colour" and _repeats(data, arm, protocol)[0] == 1
+
+
+def _repeats(data: ReportData, arm: str, protocol: str) -> tuple[float, float]:
+    """Pretraining seeds and label draws of an arm; NaN where the summary has none."""
+    summary = complete(data.summary, "summary")
+    rows = summary[(summary["arm"] == arm) & (summary["protocol"] == protocol)]
+    if rows.empty:
+        return math.nan, math.nan
+    return as_float(rows["n_pretraining"].iloc[0]), as_float(rows["n_draw"].iloc[0])
+
+
+def few_repeats(data: ReportData, arm: str, protocol: str) -> str:
+    """Which repeats of an arm are fewer than FEW_REPEATS, in words; empty where none is known to be."""
+    seeds, draws = _repeats(data, arm, protocol)
+    words = []
+    if seeds < FEW_REPEATS and arm_kind(data, arm) != "colour":
+        words.append(plural(int(seeds), "pretraining seed"))
+    if draws < FEW_REPEATS:
+        words.append(plural(int(draws), "draw") + " of the labels")
+    return f"{arm} has {' and '.join(words)}" if words else ""
+
+
+def mean_of(data: ReportData, arm: str, protocol: str) -> float:
+    """Mean of the main metric of an arm; NaN where the summary has none."""
+    summary = complete(data.summary, "summary")
+    here = (summary["arm"] == arm) & (summary["protocol"] == protocol) & (summary["metric"] == data.main_metric)
+    return as_float(summary[here]["mean"].iloc[0]) if here.any() else math.nan
+
+
+def basis(data: ReportData) -> list[Text]:
+    """On how many images and patients the scores were measured, what the metric means, what the interval covers."""
+    tested = [facts for facts in data.datasets if facts.evaluated and facts.counts.get("test")]
+    texts = [Text(_measured_on(facts, searched=not data.searches.empty)) for facts in tested]
+    meaning = MEANINGS.get(data.main_metric, "")
+    classes = max((_class_number(f) for f in data.datasets if f.evaluated), default=0)
+    if meaning and data.main_metric == "balanced_accuracy" and classes > 1:
+        meaning += f" Guessing among {classes} classes gives {number3(1 / classes)}."
+    if not complete(data.comparisons, "comparisons").empty:
+        meaning += (
+            " An interval allows for chance in the pretraining, in which images were labelled, in the start of the "
+            "classifier, and in which patients the test set holds, as far as the study repeats each."
+        )
+    texts += [Text(meaning.strip())] if meaning else []
+    return [*texts, Text("A research result; not for decisions about patients.")]
+
+
+def _class_number(facts: DatasetFacts) -> int:
+    return sum(1 for number in facts.counts.get("test", {}).values() if number > 0)
+
+
+def _measured_on(facts: DatasetFacts, searched: bool) -> str:
+    images = sum(facts.counts["test"].values())
+    who = f" of {plural(facts.groups['test'], 'patient')}" if facts.groups.get("test") else ""
+    apart = (
+        "" if facts.leakage_allowed
+        else ", none of whom is known to be among the training images" if who and facts.unknown_patients
+        else ", none of whom is among the training images" if who
+        else ", apart from the training images"
+    )  # fmt: skip
+    measured = f"Measured on {plural(images, 'test image')}{who}{apart} (dataset {facts.name})."
+    return f"{measured} Learning rate and weight decay were chosen on other images." if searched else measured
+
+
+def cautions(data: ReportData) -> list[Text]:
+    """All warnings: those of the caller, and those that the data themselves call for."""
+    texts = list(data.warnings)
+    for facts in data.datasets:
+        if facts.leakage_allowed:
+            texts.append(
+                f"Dataset {facts.name}: {plural(facts.leakage_patients, 'patient')} with images in two splits, allowed "
+                "by the user at ingest. Scores on the test split may be too high."
+            )
+        if facts.synthetic:
+            texts.append(
+                f"The images of {facts.name} are synthetic, drawn by a program: the scores show that the platform "
+                "works and say nothing about patients."
+            )
+    texts += [*_below_colour(data), *_collapses(data), *_edges(data), *_all_few(data)]
+    return [Text(text, "Caution.", "warning") for text in dict.fromkeys(texts)]
+
+
+def _below_colour(data: ReportData) -> list[str]:
+    sign = -1 if data.main_metric in LOWER_IS_BETTER else 1
+    texts = []
+    for protocol in protocol_order(data):
+        floors = [(mean_of(data, a, protocol), a) for a in arm_order(data) if arm_kind(data, a) == "colour"]
+        for floor, colour in floors:
+            for arm in arm_order(data):
+                mean = mean_of(data, arm, protocol)
+                if arm_kind(data, arm) == "pretrained" and sign * mean <= sign * floor:
+                    texts.append(
+                        f"{arm} ({number3(mean)}) does not beat {colour} ({number3(floor)}) by "
+                        f"{metric_title(data.main_metric)} ({title_of(protocol)}): its features are worth no more "
+                        "than the image's colours."
+                    )
+    return texts
+
+
+def _collapses(data: ReportData) -> list[str]:
+    texts = []
+    for arm, history in data.histories.items():
+        if history.empty or "effective_rank" not in history:
+            continue
+        groups = history.groupby("seed", sort=True) if "seed" in history else [("", history)]
+        lost = []
+        for seed, part in groups:
+            ranks = pd.to_numeric(part["effective_rank"], errors="coerce").to_numpy(dtype=float)
+            known = ranks[np.isfinite(ranks)]
+            if known.size and known[-1] < _COLLAPSED_RANK:
+                lost.append(f"seed {seed}: {number3(known[-1])}")
+        if lost:
+            texts.append(
+                f"{arm}: the embedding collapsed (effective rank at the end of the pretraining: {', '.join(lost)}); "
+                "such features hold next to nothing."
+            )
+    return texts
+
+
+def _edges(data: ReportData) -> list[str]:
+    frame = complete(data.searches, "searches")
+    rows = frame[frame["best"].fillna(False).astype(bool)] if len(frame) else frame
+    places = [f"{row['arm']} ({title_of(str(row['protocol']))})" for _, row in rows.iterrows() if on_edge(row)]
+    if not places:
+        return []
+    return [
+        f"The best point of the search lies on the edge of its space for {', '.join(dict.fromkeys(places))}: a "
+        "wider space may give a better one."
+    ]
+
+
+def _all_few(data: ReportData) -> list[str]:
+    """Few repeats where no verdict says so already (no comparison with an interval)."""
+    frame = complete(data.comparisons, "comparisons")
+    covered = set(frame[(frame["test"] == BOOTSTRAP) & (frame["metric"] == data.main_metric)]["protocol"].astype(str))
+    words = [
+        f"{few} ({title_of(p)})"
+        for p in protocol_order(data) if p not in covered
+        for a in arm_order(data) if (few := few_repeats(data, a, p))
+    ]  # fmt: skip
+    return [f"Few repeats: {'; '.join(words)}. Differences between the arms may be chance."] if words else []
+
+
+def about_welch(data: ReportData) -> Text | None:
+    """Why the tests over head seeds prove nothing by themselves, with this study's own A/A line where there is one."""
+    frame = complete(data.comparisons, "comparisons")
+    if not frame["test"].isin([WELCH, SAME_AGAINST_SAME]).any():
+        return None
+    text = (
+        f"The papers' test ({WELCH}) only asks whether these very encoders, on these very labels, differ: two encoders "
+        "that are both random differ too."
+    )
+    p = same_against_same(frame)
+    counted = [s for s in data.same_against_same if s.pairs > 0 and math.isfinite(s.share_significant)]
+    for same in counted:
+        text += (
+            f" The A/A line asks it about {same.arm} against {same.arm} ({title_of(same.protocol)}, "
+            f"{metric_title(same.metric)}): p < {same.threshold:g} in {round(same.share_significant * same.pairs)} of "
+            f"{plural(same.pairs, 'pair')} that differ in nothing but their seed."
+        )
+    if len(p) and not counted:
+        small, tests = int((p < 0.05).sum()), plural(len(p), "test")
+        text += f" The A/A line asks it about random against random: p < 0.05 in {small} of {tests}."
+    elif not counted:
+        text += " No A/A line (random against random) was measured in this study."
+    return Text(f"{text} A small p in that column is therefore no evidence for a pretraining method; the interval is.")
+
+
+def notes(data: ReportData) -> Sequence[Text]:
+    """The caller's notes."""
+    return [Text(text) for text in data.notes]

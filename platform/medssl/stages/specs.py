@@ -1,0 +1,228 @@
+"""What each artifact of a study is: its stage, configuration, inputs, and so its name.
+
+A name can be computed once the inputs are finished, because it covers their content digests. Nothing here touches images
+or Ray; `study.plan` and `study.run` read the same specifications.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medssl.artifacts import Marker, artifact_name, digest_json
+from medssl.datasets.draws import label_draw
+from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
+
+# Raised when a stage's numbers change for the same configuration.
+VERSIONS = {"pretrain": 1, "initialise": 1, "embed": 1, "search": 1, "evaluate": 1, "report": 1}
+
+TRAIN, VALIDATION, TEST = "train", "val", "test"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One artifact to be."""
+
+    stage: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    label: str
+    """For people: `pretrain barlow_twins seed 1`."""
+    images: int = 0
+    """Images that producing it reads, each pass counted."""
+
+    @property
+    def version(self) -> int:
+        """Version of the stage's numbers."""
+        return VERSIONS[self.stage]
+
+    @cached_property
+    def name(self) -> str:
+        """The artifact's name."""
+        return artifact_name(self.stage, self.version, self.config, self.inputs)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm under one protocol with one encoder and one label draw: the head seeds in it differ in chance only."""
+
+    arm: Arm
+    protocol: Protocol
+    pretraining_seed: int
+    label_draw: int
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return (
+            f"{self.protocol.name} of {self.arm.name}, pretraining seed {self.pretraining_seed}, draw {self.label_draw}"
+        )
+
+
+@dataclass
+class Specs:
+    """Specifications of one study over one dataset state."""
+
+    recipe: Recipe
+    index: pd.DataFrame
+    classes: list[str]
+    weights_digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the weight files that arms start from, by URI."""
+
+    def pretraining_seeds(self, arm: Arm, protocol: Protocol | None = None) -> range:
+        """Seeds of an arm; one for features without chance."""
+        if arm.features == "colour":
+            return range(1)
+        return range(min(self.recipe.repeats.pretraining_seeds, (protocol and protocol.pretraining_seeds) or 10**9))
+
+    def cells(self) -> list[Cell]:
+        """All cells, arms of one protocol side by side."""
+        draws = self.recipe.repeats.label_draws
+        return [
+            Cell(arm, protocol, seed, draw)
+            for protocol in self.recipe.protocols
+            for arm in self.recipe.arms
+            if not (arm.features == "colour" and protocol.kind == "fine_tune")
+            for seed in self.pretraining_seeds(arm, protocol)
+            for draw in range(min(draws, protocol.label_draws or draws))
+        ]
+
+    def encoder(self, arm: Arm, seed: int) -> Spec | None:
+        """The encoder of one pretraining seed; None for colour features."""
+        if arm.features == "colour":
+            return None
+        rows = self.index[self.index["split"].isin(self.recipe.pretraining_splits)]
+        config: dict[str, Any] = {"images": self._decoding()}
+        inputs = {"images": self._image_digest(rows)}
+        if arm.initial_weights != "random":
+            inputs["initial_weights"] = self.weights_digests[arm.initial_weights]
+        if arm.objective is None:
+            config |= {"encoder": self.recipe.encoder_of(arm).canonical(), "seed": seed}
+            return Spec("initialise", config, inputs, f"initialise {arm.name} seed {seed}", len(rows))
+        plan = self.recipe.plan(arm, seed)
+        config |= {"plan": plan.canonical(), "feeding": self.recipe.images.feeding}
+        return Spec("pretrain", config, inputs, f"pretrain {arm.name} seed {seed}", len(rows) * plan.epochs)
+
+    def embed(self, arm: Arm, seed: int, protocol: LinearProbe, encoder: Marker | None) -> Spec:
+        """Features of all labelled splits; with a bank of augmented passes where the protocol's heads draw from one."""
+        config: dict[str, Any] = {"features": arm.features, "images": self._decoding()}
+        rows = self.index[self.index["split"].isin((TRAIN, VALIDATION, TEST))]
+        inputs = {"images": self._image_digest(rows)}
+        images = len(rows)
+        if encoder is not None:
+            config["encoder"] = self.recipe.encoder_of(arm).canonical()
+            inputs["encoder"] = encoder.digest
+        bank = protocol.probe.bank_passes
+        if bank:
+            drawn = self.drawn_rows()
+            config["bank"] = {
+                "passes": bank,
+                "rows": digest_json(drawn.tolist()),
+                "views": protocol.probe.bank_views.canonical(),
+            }
+            images += bank * len(drawn)
+        return Spec("embed", config, inputs, f"embed {arm.name} seed {seed}", images)
+
+    def search(self, arm: Arm, protocol: Protocol, features: Marker) -> Spec:
+        """Search on the first encoder and the first draw; `features` is the embed artifact or the encoder's."""
+        config = {
+            "search": protocol.search.canonical(),
+            "training": _training(protocol),
+            "classes": self.classes,
+            **self._network(arm, protocol),
+        }
+        rows = self.rows(VALIDATION)
+        inputs = {
+            "features": features.digest,
+            "draw": self._label_digest(self.draw(0)),
+            "validation": self._label_digest(rows),
+        }
+        inputs |= self._pixels(protocol, np.concatenate([self.draw(0), rows]))
+        images = _images(protocol, len(self.draw(0)), len(rows)) * protocol.search.points * protocol.search.head_seeds
+        return Spec("search", config, inputs, f"search {protocol.name} of {arm.name}", images)
+
+    def evaluate(self, cell: Cell, head_seed: int, point: Mapping[str, float], features: Marker) -> Spec:
+        """One head seed of a cell, trained with the point (learning_rate, weight_decay) that the search chose."""
+        config = {
+            "training": _training(cell.protocol),
+            "point": dict(point),
+            "seed": head_seed,
+            "classes": self.classes,
+            "metrics": list(self.recipe.metrics),
+            **self._network(cell.arm, cell.protocol),
+        }
+        drawn, test = self.draw(cell.label_draw), self.rows(TEST)
+        inputs = {
+            "features": features.digest,
+            "draw": self._label_digest(drawn),
+            "test": self._label_digest(test, patients=True),
+        }
+        inputs |= self._pixels(cell.protocol, np.concatenate([drawn, test]))
+        images = _images(cell.protocol, len(drawn), len(test))
+        return Spec("evaluate", config, inputs, f"{cell.label}, head seed {head_seed}", images)
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """Row numbers of the labelled images of a split."""
+        return self.index.index[(self.index["split"] == split) & self.index["label"].notna()].to_numpy(dtype=np.int64)
+
+    def draw(self, number: int) -> NDArray[np.int64]:
+        """Row numbers of one label draw."""
+        if number not in self._draws:
+            self._draws[number] = label_draw(self.index, labels=self.recipe.repeats.labels, draw=number, split=TRAIN)
+        return self._draws[number]
+
+    def drawn_rows(self) -> NDArray[np.int64]:
+        """Row numbers that are in any draw, sorted."""
+        draws = [self.draw(number) for number in range(self.recipe.repeats.label_draws)]
+        return np.unique(np.concatenate(draws))
+
+    def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Class indices of labelled rows."""
+        position = {name: number for number, name in enumerate(self.classes)}
+        return np.array([position[str(name)] for name in self.index["label"].to_numpy()[rows]], dtype=np.int64)
+
+    @cached_property
+    def _draws(self) -> dict[int, NDArray[np.int64]]:
+        return {}
+
+    def _decoding(self) -> dict[str, Any]:
+        return {"decode_px": self.recipe.images.decode_px, "resize": self.recipe.images.resize}
+
+    def _network(self, arm: Arm, protocol: Protocol) -> dict[str, Any]:
+        """What a fine-tuning needs to know of network and decoding; a probe has it in its features' digest."""
+        if protocol.kind == "linear_probe":
+            return {}
+        return {"encoder": self.recipe.encoder_of(arm).canonical(), "images": self._decoding()}
+
+    def _pixels(self, protocol: Protocol, rows: NDArray[np.int64]) -> dict[str, str]:
+        if protocol.kind == "linear_probe":
+            return {}
+        return {"images": self._image_digest(self.index.loc[np.unique(rows)])}
+
+    def _image_digest(self, rows: pd.DataFrame) -> str:
+        """Digest of which images these are, whatever their labels."""
+        return digest_json(list(zip(rows["image_id"].tolist(), rows["sha256"].tolist(), strict=True)))
+
+    def _label_digest(self, rows: NDArray[np.int64], *, patients: bool = False) -> str:
+        """Digest of which images these are, what they are labelled, and whose they are (predictions name the patient)."""
+        columns = ["image_id", "label", *(["patient_id"] if patients else [])]
+        chosen = self.index.loc[rows, columns].astype(object)
+        return digest_json(chosen.where(chosen.notna(), None).to_numpy().tolist())
+
+
+def _training(protocol: Protocol) -> dict[str, Any]:
+    part = protocol.probe if protocol.kind == "linear_probe" else protocol.training
+    return {"kind": protocol.kind, **part.canonical()}
+
+
+def _images(protocol: Protocol, drawn: int, judged: int) -> int:
+    """Images that one head seed reads: none for a probe, whose features are there."""
+    if protocol.kind == "linear_probe":
+        return 0
+    return (protocol.training.head_only_epochs + protocol.training.epochs) * drawn + judged

@@ -1,0 +1,337 @@
+"""A study from its recipe: which artifacts it needs, which are finished, and the making of the rest in order.
+
+    encoders (pretrain, initialise) -> features (embed) -> search -> evaluate -> report
+
+Every artifact's name covers what decides its content, so running a study again does only what is missing. A study holds
+a lease of its name while it runs and each artifact one of its own, since two studies may share artifacts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medssl.artifacts import Marker, finished, read_marker, read_markers
+from medssl.datasets.dataset import Dataset, open_dataset
+from medssl.errors import DataError, RecipeError, StoreError
+from medssl.events import Event, OnEvent
+from medssl.leases import lease
+from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
+from medssl.recipe_file import load
+from medssl.results import StudyResult, report_name
+from medssl.stages.specs import TEST, TRAIN, VALIDATION, Cell, Spec, Specs
+from medssl.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One line of `medssl plan`."""
+
+    stage: str
+    label: str
+    state: str
+    """finished, to do, or waits (its inputs are not there yet, so its name is not known)."""
+    images: int
+    """Images it reads, each pass counted; 0 when nothing is to do."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Head seeds of one cell that are not evaluated yet."""
+
+    cell: Cell
+    specs: dict[int, Spec]
+    features: Marker
+    encoder: str | None
+    """Artifact of the encoder; None for colour features."""
+    point: dict[str, float]
+
+
+def dataset_uri(recipe: Recipe, store: Store) -> str:
+    """The dataset's URI: as the recipe gives it, or below the study's store."""
+    name = recipe.dataset
+    return name if "://" in name or Path(name).is_absolute() else store.uri_of(name)
+
+
+class Study:
+    """One recipe over one store, with the state of its artifacts."""
+
+    def __init__(self, recipe: Recipe, store: Store, on_event: OnEvent | None = None, overrides: Sequence[str] = ()) -> None:
+        self.recipe = recipe
+        self.store = store
+        self.overrides = tuple(overrides)
+        self.emit: OnEvent = on_event or (lambda event: None)
+        uri = dataset_uri(recipe, store)
+        try:
+            self.dataset: Dataset = open_dataset(uri)
+        except DataError as error:
+            raise DataError(
+                f"{error}; make it with `medssl ingest ... --to {uri}` (the recipe names dataset: {recipe.dataset})"
+            ) from None
+        index = self.dataset.index()
+        self.specs = Specs(recipe, index, self.dataset.classes, _weights_digests(recipe))
+        self._check_splits()
+        self._finished = finished(store)
+        self._markers: dict[str, Marker] = {}
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def is_finished(self, spec: Spec) -> bool:
+        """Whether the artifact was whole when last looked at."""
+        return spec.name in self._finished
+
+    def is_finished_name(self, name: str) -> bool:
+        """The same for an artifact known by its name."""
+        return name in self._finished
+
+    def marker(self, spec: Spec) -> Marker | None:
+        """The marker of a finished artifact, or None."""
+        if spec.name not in self._markers and spec.name in self._finished:
+            marker = read_marker(self.store, spec.name)
+            if marker is not None:
+                self._markers[spec.name] = marker
+        return self._markers.get(spec.name)
+
+    def markers(self, specs: Sequence[Spec]) -> list[Marker]:
+        """Markers of finished artifacts, read side by side, in order."""
+        missing = [s.name for s in specs if s.name not in self._markers]
+        self._markers |= read_markers(self.store, missing)
+        return [self._markers[s.name] for s in specs]
+
+    def record(self, spec: Spec, marker: Marker) -> None:
+        """Notes an artifact that has just been finished."""
+        self._finished.add(spec.name)
+        self._markers[spec.name] = marker
+
+    def refresh(self) -> None:
+        """Looks at the store again."""
+        self._finished = finished(self.store)
+
+    # -- what there is to do -----------------------------------------------------------------------------------
+
+    def encoders(self) -> list[tuple[Arm, int, Spec]]:
+        """All encoders, each artifact once."""
+        seen: dict[str, tuple[Arm, int, Spec]] = {}
+        for arm in self.recipe.arms:
+            for seed in self.specs.pretraining_seeds(arm):
+                spec = self.specs.encoder(arm, seed)
+                if spec is not None:
+                    seen.setdefault(spec.name, (arm, seed, spec))
+        return list(seen.values())
+
+    def embed_spec(self, arm: Arm, seed: int, protocol: LinearProbe) -> Spec | None:
+        """The features of one encoder for one probe; None while the encoder is not there."""
+        encoder = self.specs.encoder(arm, seed)
+        marker = self.marker(encoder) if encoder else None
+        return None if encoder is not None and marker is None else self.specs.embed(arm, seed, protocol, marker)
+
+    def features(self, arm: Arm, seed: int, protocol: Protocol) -> Marker | None:
+        """What a protocol starts from: features for a probe, the encoder for fine-tuning."""
+        if protocol.kind == "linear_probe":
+            embed = self.embed_spec(arm, seed, protocol)
+            return self.marker(embed) if embed else None
+        encoder = self.specs.encoder(arm, seed)
+        return self.marker(encoder) if encoder else None
+
+    def search_spec(self, arm: Arm, protocol: Protocol) -> Spec | None:
+        """The search of one arm and protocol; None while its inputs are not there."""
+        features = self.features(arm, 0, protocol)
+        return self.specs.search(arm, protocol, features) if features else None
+
+    def point(self, arm: Arm, protocol: Protocol) -> dict[str, float] | None:
+        """Learning rate and weight decay of an arm under a protocol, once they are known."""
+        search = protocol.search
+        if search.points == 1 and search.sampler == "grid":
+            return {"learning_rate": search.learning_rate[0], "weight_decay": search.weight_decay[0]}
+        spec = self.search_spec(arm, protocol)
+        marker = self.marker(spec) if spec else None
+        return None if marker is None else dict(marker.facts["best"])
+
+    def searches(self) -> list[tuple[Arm, Protocol]]:
+        """Arms and protocols that need a search."""
+        return [
+            (arm, protocol)
+            for protocol in self.recipe.protocols
+            for arm in self.recipe.arms
+            if protocol.search.points > 1 and not (arm.features == "colour" and protocol.kind == "fine_tune")
+        ]
+
+    def evaluations(self, cell: Cell) -> dict[int, Spec] | None:
+        """Specifications of a cell's head seeds; None while its inputs are not there."""
+        features = self.features(cell.arm, cell.pretraining_seed, cell.protocol)
+        point = self.point(cell.arm, cell.protocol)
+        if features is None or point is None:
+            return None
+        return {s: self.specs.evaluate(cell, s, point, features) for s in range(cell.protocol.head_seeds)}
+
+    def pending(self, cell: Cell) -> Pending | None:
+        """What of a cell is to be done; None when nothing is."""
+        specs = self.evaluations(cell)
+        features, point = (
+            self.features(cell.arm, cell.pretraining_seed, cell.protocol),
+            self.point(cell.arm, cell.protocol),
+        )
+        if specs is None or features is None or point is None:
+            raise StoreError(f"inputs of {cell.label} vanished from the store while the study ran: run it again")
+        missing = {seed: spec for seed, spec in specs.items() if not self.is_finished(spec)}
+        encoder = self.specs.encoder(cell.arm, cell.pretraining_seed)
+        return Pending(cell, missing, features, encoder.name if encoder else None, point) if missing else None
+
+    def report_name(self) -> str | None:
+        """The report's artifact name; None while an evaluation is missing."""
+        names: list[str] = []
+        for cell in self.specs.cells():
+            specs = self.evaluations(cell)
+            if specs is None or not all(self.is_finished(s) for s in specs.values()):
+                return None
+            names += [s.name for s in specs.values()]
+        return report_name(self.recipe, names, self.dataset.card)
+
+    def plan(self) -> list[PlanLine]:
+        """The stages with their state and cost."""
+        lines = [self._line(spec) for _, _, spec in self.encoders()]
+        waits = "waits"
+        for protocol in self.recipe.protocols:
+            for arm in self.recipe.arms:
+                if protocol.kind == "linear_probe":
+                    for seed in self.specs.pretraining_seeds(arm, protocol):
+                        spec = self.embed_spec(arm, seed, protocol)
+                        lines.append(
+                            self._line(spec)
+                            if spec
+                            else PlanLine("embed", f"embed {arm.name} seed {seed}", waits, len(self.specs.index))
+                        )
+        for arm, protocol in self.searches():
+            spec = self.search_spec(arm, protocol)
+            lines.append(self._line(spec) if spec else PlanLine("search", f"search {protocol.name} of {arm.name}", waits, 0))
+        for cell in self.specs.cells():
+            lines.append(self._cell_line(cell))
+        name = self.report_name()
+        state = waits if name is None else ("finished" if name in self._finished else "to do")
+        return [*dict.fromkeys(lines), PlanLine("report", "report", state, 0)]
+
+    def _line(self, spec: Spec) -> PlanLine:
+        done = self.is_finished(spec)
+        return PlanLine(spec.stage, spec.label, "finished" if done else "to do", 0 if done else spec.images)
+
+    def _cell_line(self, cell: Cell) -> PlanLine:
+        specs = self.evaluations(cell)
+        if specs is None:
+            return PlanLine("evaluate", f"{cell.label}: {cell.protocol.head_seeds} head seeds", "waits", 0)
+        missing = [s for s in specs.values() if not self.is_finished(s)]
+        state = "finished" if not missing else f"to do ({len(missing)} of {len(specs)})"
+        return PlanLine("evaluate", f"{cell.label}: {len(specs)} head seeds", state, sum(s.images for s in missing))
+
+    # -- checks ------------------------------------------------------------------------------------------------
+
+    def _check_splits(self) -> None:
+        index, classes = self.specs.index, self.dataset.classes
+        there = sorted(index["split"].unique())
+        for split in dict.fromkeys((*self.recipe.pretraining_splits, TRAIN, VALIDATION, TEST)):
+            if split not in there:
+                raise DataError(f"dataset {self.dataset.uri} has no images in split '{split}'; its splits: {', '.join(there)}")
+        if len(classes) < 2:
+            raise DataError(f"dataset {self.dataset.uri} has {len(classes)} classes; an evaluation needs two or more")
+        for split in (TRAIN, VALIDATION, TEST):
+            labels = set(index.loc[self.specs.rows(split), "label"])
+            absent = sorted(set(classes) - labels)
+            if absent:
+                raise DataError(
+                    f"class '{absent[0]}' has no labelled image in split '{split}' of {self.dataset.uri}: "
+                    "ingest with other splits or leave the class out"
+                )
+        self.specs.draw(0)  # refuses a number of labels that the split does not have
+
+
+def _weights_digests(recipe: Recipe) -> dict[str, str]:
+    digests = {}
+    for uri in {arm.initial_weights for arm in recipe.arms} - {"random"}:
+        parent, _, key = uri.rpartition("/")
+        if not parent or not key.endswith(".safetensors"):
+            raise RecipeError(f"initial_weights '{uri}': give `random` or the URI of a .safetensors file")
+        digests[uri] = hashlib.sha256(open_store(parent).read(key)).hexdigest()
+    return digests
+
+
+def _prepare(
+    recipe: Recipe | str | Path | Mapping[str, Any], store: Store | str, overrides: Sequence[str]
+) -> tuple[Recipe, Store]:
+    loaded = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
+    return loaded, open_store(store, create=True) if isinstance(store, str) else store
+
+
+def plan(recipe: Recipe | str | Path | Mapping[str, Any], store: Store | str, *, overrides: Sequence[str] = ()) -> list[PlanLine]:
+    """Which stages a study has, which are finished, and what each will cost in images."""
+    return Study(*_prepare(recipe, store, overrides)).plan()
+
+
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    store: Store | str,
+    *,
+    overrides: Sequence[str] = (),
+    on_event: OnEvent | None = None,
+    address: str | None = None,
+    rebuild_report: bool = False,
+) -> StudyResult:
+    """Runs a study, or what is missing of it, and returns its tables.
+
+    Args:
+        recipe: a recipe, the path of its YAML file, or its fields.
+        store: the store or its URI (s3://bucket/prefix, file:///folder).
+        overrides: `path.to.field=value`, applied to a recipe that is not yet loaded.
+        on_event: called with what happens, from one thread at a time.
+        address: address of a running Ray cluster; None uses RAY_ADDRESS or starts a local Ray.
+        rebuild_report: make the report again although it is finished.
+
+    Raises:
+        MedsslError: with a message for the user.
+    """
+    from medssl.runner import Runner
+
+    loaded, opened = _prepare(recipe, store, overrides)
+    study = Study(loaded, opened, on_event, overrides)
+    with _study_lease(study):
+        study.refresh()
+        with ExitStack() as stack:
+            return Runner(study, stack, address).run(rebuild_report=rebuild_report)
+
+
+def report(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    store: Store | str,
+    *,
+    overrides: Sequence[str] = (),
+    on_event: OnEvent | None = None,
+) -> StudyResult:
+    """Makes the report of a finished study again.
+
+    Raises:
+        RecipeError: an evaluation of the study is missing.
+    """
+    from medssl.results import build_report
+
+    loaded, opened = _prepare(recipe, store, overrides)
+    study = Study(loaded, opened, on_event, overrides)
+    if study.report_name() is None:
+        todo = sum(line.state != "finished" for line in study.plan()) - 1
+        raise RecipeError(
+            f"study '{loaded.study}' is not finished ({todo} stages to do): run `medssl run` first, `medssl plan` lists them"
+        )
+    return build_report(study)
+
+
+@contextmanager
+def _study_lease(study: Study) -> Iterator[None]:
+    def waiting(owner: Any) -> None:
+        study.emit(Event("message", f"study '{study.recipe.study}' is being run by {owner}; waiting for it to end"))
+
+    with lease(study.store, f"study-{study.recipe.study}", on_wait=waiting):
+        yield
+
+
+__all__ = ["Pending", "PlanLine", "Study", "plan", "report", "run"]

@@ -1,0 +1,1 @@
+"""Training that runs without Ray: plan, feed, step, loop."""

@@ -1,0 +1,153 @@
+"""What feeds a training: batches of stored uint8 images, the same global batches for every number of workers.
+
+Shapes: N images in all, B images of this rank in a step, H, W stored height and width, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medssl.collectives import Process
+from medssl.errors import DataError, RecipeError
+
+IMAGES_FILE = "images.npy"
+IDS_FILE = "ids.parquet"
+
+
+class Feed(Protocol):
+    """Batches of one rank. Every rank's feed yields as many batches, of as many images."""
+
+    steps_per_epoch: int
+    """Steps in one epoch; the last, incomplete global batch is dropped."""
+    batch_size: int
+    """Images in one step over all ranks."""
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches (uint8 (B, H, W, C), row numbers (B,) int64) of an epoch from its `start_step` on, on the CPU.
+
+        The global batch of a step is the ranks' batches in rank order; it depends on (epoch, step) and the feed's seed
+        alone, so that a resumed training sees what an undisturbed one sees.
+        """
+
+
+class ResidentImages:
+    """All decoded images of a dataset in one memory-mapped file, shared through the page cache by whoever opens it.
+
+    A folder named by its digest with `images.npy` ((N, H, W, C) uint8) and `ids.parquet` (column image_id); it is renamed
+    into place when whole, so a folder that exists is complete.
+    """
+
+    def __init__(self, path: Path, images: np.ndarray, image_ids: list[str]) -> None:
+        self.path = path
+        self.digest = path.name
+        self.images = images
+        self.image_ids = image_ids
+
+    @classmethod
+    def open(cls, path: str | Path) -> ResidentImages:
+        """Maps the file at `path` (the folder); DataError when it is not such a folder."""
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        try:
+            images = np.lib.format.open_memmap(path / IMAGES_FILE, mode="r")
+            image_ids = pq.read_table(path / IDS_FILE, columns=["image_id"]).column("image_id").to_pylist()
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{path} holds no resident images ({error}); delete the folder and they are made anew") from error
+        if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(image_ids):
+            raise DataError(f"{path} is damaged: {images.dtype} {images.shape} for {len(image_ids)} ids; delete the folder")
+        return cls(path, images, image_ids)
+
+    @classmethod
+    def write(cls, path: str | Path, images_NHWC: np.ndarray, image_ids: Sequence[str]) -> ResidentImages:
+        """Writes decoded images as such a folder, whole or not at all, and opens it. What exists already stays."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        if not path.exists():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+            temporary.mkdir(parents=True)
+            np.save(temporary / IMAGES_FILE, np.ascontiguousarray(images_NHWC, dtype=np.uint8))
+            pq.write_table(pa.table({"image_id": pa.array(image_ids, pa.string())}), temporary / IDS_FILE)
+            try:
+                temporary.rename(path)
+            except OSError:  # somebody else was faster: theirs is as good
+                shutil.rmtree(temporary)
+        return cls.open(path)
+
+    def tensor(self) -> Tensor:
+        """The map as a tensor (N, H, W, C) without a copy; for reading only."""
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(np.asarray(self.images))
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+def rank_slice(batch_size: int, process: Process) -> slice:
+    """This rank's part of a global batch; RecipeError where it cannot be shared evenly."""
+    if batch_size % process.world:
+        raise RecipeError(
+            f"batch_size {batch_size} cannot be shared evenly by {process.world} workers; "
+            f"use a multiple of {process.world} or another number of workers"
+        )
+    share = batch_size // process.world
+    if share < 2:
+        raise RecipeError(f"batch_size {batch_size} gives {process.world} workers one image each; batch norm needs two or more")
+    return slice(process.rank * share, (process.rank + 1) * share)
+
+
+class ResidentFeed:
+    """Batches from resident images: a fresh permutation of the rows in every epoch, from (seed, epoch)."""
+
+    def __init__(
+        self, images: ResidentImages, rows: Sequence[int] | np.ndarray, batch_size: int, seed: int, process: Process
+    ) -> None:
+        """`rows` are the row numbers to use; `batch_size` counts over all ranks."""
+        self.rows = np.unique(np.asarray(rows, dtype=np.int64))
+        if len(self.rows) < batch_size:
+            raise RecipeError(f"batch_size {batch_size} is larger than the {len(self.rows)} images; use {len(self.rows)} or less")
+        if self.rows[0] < 0 or self.rows[-1] >= len(images):
+            raise ValueError(f"rows {self.rows[0]} to {self.rows[-1]} of {len(images)} resident images")
+        self.batch_size = batch_size
+        self.steps_per_epoch = len(self.rows) // batch_size
+        self.seed = seed
+        self._slice = rank_slice(batch_size, process)
+        self._images = images.tensor()
+        self._pin = process.device.type == "cuda"
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's permutation of the rows (before the last incomplete batch is dropped)."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :class:`Feed`. The next batch is copied while the current one trains."""
+        order = torch.from_numpy(self.order(epoch))
+        steps = range(start_step, self.steps_per_epoch)
+        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+            waiting = [pool.submit(self._batch, order, step) for step in steps[:1]]
+            for step in steps:
+                current = waiting.pop()
+                if step + 1 < self.steps_per_epoch:
+                    waiting.append(pool.submit(self._batch, order, step + 1))
+                yield current.result()
+
+    def _batch(self, order: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        whole = order[step * self.batch_size : (step + 1) * self.batch_size]
+        rows = whole[self._slice]
+        images_BHWC = self._images.index_select(0, rows)
+        return (images_BHWC.pin_memory() if self._pin else images_BHWC), rows

@@ -1,0 +1,304 @@
+"""The pretraining loop: plain functions that train without Ray, on one process or as one of several.
+
+`output` (a store) receives `checkpoints/`, `metrics/`, and when finished `encoder.safetensors`, `history.parquet`, the
+TensorBoard events and `views.png`. Data order, views, dropout and rates derive from (seed, epoch, step): weights, optimiser
+state and the number of steps are all that a resumed run needs, and it repeats the undisturbed one exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from medssl.checkpoint import CheckpointFolder
+from medssl.collectives import Process, agree_largest, barrier
+from medssl.networks.encoder import save_weights
+from medssl.store import Store
+from medssl.training.feed import Feed
+from medssl.training.history import History, read_history, to_parquet, to_tensorboard
+from medssl.training.plan import PretrainPlan
+from medssl.training.step import Stepper, collapse_measures
+from medssl.views import view_sheet
+
+EVENTS_FILE = "events.out.tfevents.0.medssl"
+SHEET_FILE = "views.png"
+_SHEET_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is, at a logged step or a checkpoint. Steps and epochs done; the rates are since the last one."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    total_epochs: int
+    images: int
+    """Images trained on so far, over all ranks and epochs."""
+    total_images: int
+    loss: float
+    learning_rate: float
+    images_per_second: float
+    data_wait_share: float
+    measures: dict[str, float | None]
+    """The latest row of the history."""
+
+    @property
+    def note(self) -> str:
+        """Epoch and loss in a few words."""
+        return f"epoch {min(self.epoch + 1, self.total_epochs)}/{self.total_epochs}, loss {self.loss:.4g}"
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """How a pretraining ended; the same on every rank, but for `files`, which rank 0 knows."""
+
+    status: Literal["finished", "non_finite"]
+    step: int
+    """Steps done; of a non-finite training the first bad step (counted from 1)."""
+    epochs: int
+    """Whole epochs done."""
+    learning_rate: float
+    """Learning rate of that step."""
+    last_checkpoint_step: int | None
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file written at the end, by name."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Last loss, mean images per second and other small results."""
+
+
+@dataclass
+class _Run:
+    """What the parts of one training's loop share."""
+
+    plan: PretrainPlan
+    feed: Feed
+    process: Process
+    output: Store
+    stepper: Stepper
+    checkpoints: CheckpointFolder
+    history: History
+    log_every_steps: int
+    checkpoint_every_steps: int | None
+    on_progress: Callable[[Progress], None] | None
+    first_bad: Tensor
+    """First step whose loss or gradient was not finite, on the device; 0 while there is none."""
+    done: int = 0
+    last_checkpoint_step: int | None = None
+    features_BE: Tensor | None = None
+    """The last step's features."""
+    window_steps: int = 0
+    window_started: float = 0.0
+    waited: float = 0.0
+    """Seconds spent waiting for batches in this window."""
+
+
+def pretrain(
+    plan: PretrainPlan,
+    feed: Feed,
+    process: Process,
+    output: Store,
+    *,
+    checkpoint_every_steps: int | None = None,
+    keep_checkpoints: int = 2,
+    log_every_steps: int = 10,
+    on_progress: Callable[[Progress], None] | None = None,
+    initial_encoder: bytes | None = None,
+) -> PretrainResult:
+    """Trains as `plan` says, going on from the last checkpoint in `output`; every rank calls it alike.
+
+    Checkpoints are written at epoch ends and, where given, every `checkpoint_every_steps` steps (the feed must then be able
+    to start within an epoch). `on_progress` is called on every rank at every logged step. A loss or gradient that is not
+    finite ends the training with that status on all ranks; it is no exception, and no checkpoint holds it.
+    """
+    run = _Run(
+        plan,
+        feed,
+        process,
+        output,
+        Stepper(plan, process, feed.steps_per_epoch, initial_encoder),
+        CheckpointFolder(output.sub("checkpoints"), keep_checkpoints),
+        History(output.sub("metrics"), process.rank, feed.steps_per_epoch),
+        log_every_steps,
+        checkpoint_every_steps,
+        on_progress,
+        torch.zeros((), dtype=torch.int64, device=process.device),
+    )
+    _continue_from_checkpoint(run)
+    for images_BHWC in _remaining_batches(run):
+        _train_step(run, images_BHWC)
+        bad_step = _first_bad_step(run)
+        if bad_step:
+            return _non_finite(run, bad_step)
+        if _log_due(run):
+            _log(run)
+        if _checkpoint_due(run):
+            _save_checkpoint(run)
+    return _finish(run)
+
+
+def _continue_from_checkpoint(run: _Run) -> None:
+    latest = (run.checkpoints.latest() or 0) if run.process.is_main else 0
+    run.done = agree_largest(latest, run.process.device)
+    if run.done:
+        run.stepper.restore(*run.checkpoints.load(run.done))
+        run.last_checkpoint_step = run.done
+    if run.process.is_main:
+        run.history.forget_after(run.done)
+    barrier()  # before any rank writes the parts anew
+    _start_window(run)
+
+
+def _remaining_batches(run: _Run) -> Iterator[Tensor]:
+    """This rank's batches from the step after the last one done to the end of the last epoch; notes the time waited."""
+    sheet_wanted = run.process.is_main and not run.output.exists(SHEET_FILE)
+    for epoch in range(run.done // run.feed.steps_per_epoch, run.plan.epochs):
+        batches = run.feed.batches(epoch, run.done - epoch * run.feed.steps_per_epoch)
+        while True:
+            started = time.perf_counter()
+            images_BHWC, _ = next(batches, (None, None))
+            run.waited += time.perf_counter() - started
+            if images_BHWC is None:
+                break
+            if sheet_wanted:
+                sheet = view_sheet(images_BHWC[:_SHEET_IMAGES], run.plan.views, run.plan.encoder, seed=run.plan.seed)
+                run.output.write(SHEET_FILE, sheet)
+                sheet_wanted = False
+            yield images_BHWC
+
+
+def _train_step(run: _Run, images_BHWC: Tensor) -> None:
+    outcome = run.stepper.step(images_BHWC, run.done)
+    run.done += 1
+    run.window_steps += 1
+    run.features_BE = outcome.features_BE
+    finite = torch.isfinite(outcome.scalars["loss"]) & torch.isfinite(outcome.scalars["gradient_norm"])
+    run.first_bad = torch.where(finite | (run.first_bad > 0), run.first_bad, run.done)
+    run.history.add(run.done, outcome.scalars, outcome.learning_rate)
+
+
+def _first_bad_step(run: _Run) -> int:
+    """The first step that was not finite, or 0. Reading a GPU waits for it, so there it is read before logs and
+    checkpoints only; on the CPU at every step."""
+    if _checkpoint_due(run):  # a huge but finite gradient can leave weights or averages that are not
+        run.first_bad = torch.where(run.stepper.is_finite() | (run.first_bad > 0), run.first_bad, run.done)
+    elif not _log_due(run) and run.process.device.type != "cpu":
+        return 0
+    return agree_largest(int(run.first_bad), run.process.device)
+
+
+def _log_due(run: _Run) -> bool:
+    return run.done % run.log_every_steps == 0 or _checkpoint_due(run)
+
+
+def _checkpoint_due(run: _Run) -> bool:
+    every = run.checkpoint_every_steps
+    return run.done % run.feed.steps_per_epoch == 0 or (every is not None and run.done % every == 0)
+
+
+def _start_window(run: _Run) -> None:
+    run.window_steps, run.waited, run.window_started = 0, 0.0, time.perf_counter()
+
+
+def _log(run: _Run) -> None:
+    """Fetches the rows since the last log from the device, adds rates and collapse measures, reports progress."""
+    assert run.features_BE is not None
+    collapse = collapse_measures(run.features_BE)
+    row = run.history.settle(collapse, lambda: _window_rates(run))
+    if run.on_progress is not None:
+        run.on_progress(_progress(run, row))
+    _start_window(run)
+
+
+def _window_rates(run: _Run) -> dict[str, float]:
+    seconds = max(time.perf_counter() - run.window_started, 1e-9)
+    images = run.window_steps * run.feed.batch_size
+    return {"images_per_second": images / seconds, "data_wait_share": run.waited / seconds}
+
+
+def _progress(run: _Run, row: dict[str, Any]) -> Progress:
+    return Progress(
+        step=run.done,
+        total_steps=run.stepper.total_steps,
+        epoch=run.done // run.feed.steps_per_epoch,
+        total_epochs=run.plan.epochs,
+        images=run.done * run.feed.batch_size,
+        total_images=run.stepper.total_steps * run.feed.batch_size,
+        loss=row["loss"],
+        learning_rate=row["learning_rate"],
+        images_per_second=row["images_per_second"],
+        data_wait_share=row["data_wait_share"],
+        measures=row,
+    )
+
+
+def _save_checkpoint(run: _Run) -> None:
+    """All ranks' rows first, then the checkpoint and its mark: a marked checkpoint has its history."""
+    run.history.commit()
+    barrier()
+    if run.process.is_main:
+        run.checkpoints.save(run.done, run.stepper.module.state_dict(), run.stepper.state())
+    run.last_checkpoint_step = run.done
+    _start_window(run)
+
+
+def _non_finite(run: _Run, bad_step: int) -> PretrainResult:
+    run.history.settle(None, lambda: _window_rates(run))
+    run.history.commit(last_step=bad_step)
+    return PretrainResult(
+        "non_finite",
+        bad_step,
+        (bad_step - 1) // run.feed.steps_per_epoch,
+        run.stepper.learning_rate(bad_step - 1),
+        run.last_checkpoint_step,
+    )
+
+
+def _finish(run: _Run) -> PretrainResult:
+    rate = run.stepper.learning_rate(run.done - 1)
+    files: dict[str, str] = {}
+    facts: dict[str, Any] = {}
+    barrier()
+    if run.process.is_main:
+        files, facts = _write_results(run)
+    barrier()
+    return PretrainResult("finished", run.done, run.plan.epochs, rate, run.last_checkpoint_step, files, facts)
+
+
+def _write_results(run: _Run) -> tuple[dict[str, str], dict[str, Any]]:
+    history = read_history(run.output.sub("metrics"))
+    metadata = {"encoder": json.dumps(run.plan.encoder.canonical(), sort_keys=True)}
+    contents = {
+        "encoder.safetensors": save_weights(run.stepper.module.encoder, metadata),
+        "history.parquet": to_parquet(history),
+        EVENTS_FILE: to_tensorboard(history),
+    }
+    for name, data in contents.items():
+        run.output.write(name, data)
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    files[SHEET_FILE] = hashlib.sha256(run.output.read(SHEET_FILE)).hexdigest()
+    return files, summarise(history, run.feed.batch_size)
+
+
+def summarise(history: pa.Table, batch_size: int) -> dict[str, Any]:
+    """Small results of a training from its history: last epoch's mean loss, rates, last collapse measures."""
+    rows = [row for row in history.to_pylist() if row["rank"] == 0]
+    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    return {
+        "steps": rows[-1]["step"],
+        "images": rows[-1]["step"] * batch_size,
+        "loss": statistics.fmean(row["loss"] for row in last),
+        "images_per_second": statistics.harmonic_mean([row["images_per_second"] for row in rows]),
+        "data_wait_share": statistics.fmean(row["data_wait_share"] for row in rows),
+        "embedding_std": last[-1]["embedding_std"],
+        "effective_rank": last[-1]["effective_rank"],
+    }

@@ -1,0 +1,195 @@
+"""A real S3 server for tests: Ceph's RADOS gateway with one monitor and one OSD in a folder, on free ports.
+
+No root services, no systemd: three daemons that are stopped through the pid files they wrote themselves. Run by hand
+with `python tests/integration/ceph.py FOLDER` (prints the exports; stops on Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "monmaptool")
+PACKAGES = "radosgw ceph-mon ceph-osd ceph-common"
+ACCESS_KEY = "AKTEST"
+SECRET_KEY = "SKTEST-canary-9c1f3b7e5d"
+GATEWAY_AUTH = ("--auth-client-required=none", "--ms-mon-client-mode=crc")
+
+CONFIGURATION = """\
+[global]
+fsid = {fsid}
+mon host = [v2:127.0.0.1:{mon},v1:127.0.0.1:{mon_v1}]
+auth cluster required = none
+auth service required = none
+auth client required = none
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 4
+osd pool default pgp num = 4
+osd pool default pg autoscale mode = off
+mon allow pool size one = true
+osd crush chooseleaf type = 0
+run dir = {folder}/run
+admin socket = {folder}/run/$cluster-$name.asok
+log file = {folder}/log/$cluster-$name.log
+mon data = {folder}/mon
+osd data = {folder}/osd
+osd objectstore = bluestore
+bluestore block create = true
+bluestore block size = 6442450944
+osd memory target = 939524096
+ms bind ipv6 = false
+public addr = 127.0.0.1
+cluster addr = 127.0.0.1
+rgw frontends = beast endpoint=127.0.0.1:{gateway} tcp_nodelay=1
+rgw data = {folder}/rgw
+"""
+
+
+def missing_programs() -> list[str]:
+    """Programs of the server that are not installed."""
+    return [name for name in PROGRAMS if shutil.which(name) is None]
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Ceph:
+    """The server in `folder`; data stay there over stop and start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self._conf = folder / "ceph.conf"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The standard AWS variables that reach this server."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Starts all three daemons, for the first time or again; returns when the gateway answers."""
+        new = not self._conf.exists()
+        if new:
+            self._write_files()
+        self._run("ceph-mon", "-i", "a", "--pid-file", self._pid_file("mon"))
+        if new:
+            osd = str(uuid.uuid4())
+            self._run("ceph", "osd", "new", osd)
+            self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+        self._run("ceph-osd", "-i", "0", "--pid-file", self._pid_file("osd"))
+        self._wait(lambda: " 1 up" in self._run("ceph", "osd", "stat"), "the OSD")
+        if new:
+            user = ("--uid=test", "--display-name=test", f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}")
+            self._run("radosgw-admin", *GATEWAY_AUTH, "user", "create", *user)
+        self.start_gateway()
+
+    def start_gateway(self) -> None:
+        """Starts the gateway alone: a server that was away for a while."""
+        self._run("radosgw", "-n", "client.rgw.a", *GATEWAY_AUTH, "--pid-file", self._pid_file("rgw"))
+        self._wait(self._answers, "the gateway")
+
+    def stop_gateway(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """Takes the gateway away; monitor and OSD stay."""
+        self._end("rgw", how)
+
+    def stop(self) -> None:
+        """Stops the daemons by their own pid files."""
+        for name in ("rgw", "osd", "mon"):
+            self._end(name, signal.SIGKILL)
+
+    def _write_files(self) -> None:
+        for name in ("mon", "osd", "log", "run", "rgw"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        fsid, mon, mon_v1 = str(uuid.uuid4()), free_port(), free_port()
+        self._conf.write_text(CONFIGURATION.format(fsid=fsid, mon=mon, mon_v1=mon_v1, gateway=self.port, folder=self.folder))
+        addresses = f"[v2:127.0.0.1:{mon},v1:127.0.0.1:{mon_v1}]"
+        monmap = str(self.folder / "monmap")
+        self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", addresses, monmap, "--clobber")
+        self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap)
+
+    def _pid_file(self, name: str) -> str:
+        return str(self.folder / "run" / f"{name}.pid")
+
+    def _run(self, program: str, *arguments: str) -> str:
+        command = [program, *arguments]
+        if program != "monmaptool":
+            command[1:1] = ["-c", str(self._conf)]
+        # Daemons keep a pipe open that they inherit: their output goes to a file.
+        with (self.folder / "log" / "commands.txt").open("a+") as output:
+            start = output.seek(0, os.SEEK_END)
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=120, check=False
+            )
+            output.seek(start)
+            text = output.read()
+        if done.returncode != 0:
+            raise RuntimeError(f"{program} failed with {done.returncode}: {text[-2000:]}")
+        return text
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def _wait(self, ready: object, what: str, seconds: float = 90) -> None:
+        assert callable(ready)
+        end = time.monotonic() + seconds
+        while not ready():
+            if time.monotonic() > end:
+                raise RuntimeError(f"{what} did not start within {seconds:.0f} s; see {self.folder}/log")
+            time.sleep(0.2)
+
+    def _end(self, name: str, how: signal.Signals) -> None:
+        path = Path(self._pid_file(name))
+        try:
+            pid = int(path.read_text())
+            os.kill(pid, how)
+        except (FileNotFoundError, ValueError, ProcessLookupError):
+            return
+        end = time.monotonic() + 30
+        while _alive(pid) and time.monotonic() < end:
+            time.sleep(0.05)
+        path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+def main() -> None:
+    """Runs the server until Ctrl-C."""
+    server = Ceph(Path(sys.argv[1]).resolve())
+    server.start()
+    try:
+        print("\n".join(f"export {name}={value}" for name, value in server.environment.items()), flush=True)
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The whole road through the command line, on a small study in a folder: what is made, skipped, recomputed and printed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+from medssl.artifacts import finished
+from medssl.store import Store, open_store
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def table(place: Path) -> Path:
+    return tiny.ingest(place / "drawn", str(place / "store" / "datasets" / "lesions"))
+
+
+@pytest.fixture(scope="module")
+def study(place: Path, table: Path) -> Path:
+    """The recipe's file, run once."""
+    path = tiny.write(place / "study.yaml", tiny.recipe())
+    done = tiny.medssl("run", str(path), "--store", str(place / "store"), "--json")
+    (place / "result.json").write_text(done.stdout)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(place: Path, study: Path) -> Store:
+    return open_store(str(place / "store"))
+
+
+def stages(names: set[str]) -> Counter[str]:
+    return Counter(name.rpartition("-")[0] for name in names)
+
+
+def test_result_for_machines(place: Path, study: Path) -> None:
+    result = json.loads((place / "result.json").read_text())
+    assert set(result) == {"study", "arms", "comparisons"} and result["study"] == "tiny"
+    probes = {a["arm"]: a for a in result["arms"] if a["protocol"] == "linear_probe" and a["metric"] == "balanced_accuracy"}
+    assert {name: arm["n"] for name, arm in probes.items()} == {"barlow_twins": 12, "random": 12, "colour": 6}
+    for arm in result["arms"]:
+        assert set(arm) == {"arm", "protocol", "metric", "mean", "std", "n", "values"}
+        assert arm["mean"] == pytest.approx(np.mean(arm["values"])) and len(arm["values"]) == arm["n"]
+    tests = {c["test"] for c in result["comparisons"]}
+    assert tests == {"nested bootstrap", "Welch over head seeds", "random against random"}
+    for comparison in result["comparisons"]:
+        assert set(comparison) == {"better", "than", "protocol", "metric", "difference", "low", "high", "p", "test"}
+        assert comparison["low"] <= comparison["difference"] <= comparison["high"]
+    bootstrap = next(c for c in result["comparisons"] if c["test"] == "nested bootstrap")
+    difference = probes["barlow_twins"]["mean"] - probes["random"]["mean"]
+    assert bootstrap["difference"] == pytest.approx(difference, abs=1e-6)
+
+
+def test_what_is_in_the_store(store: Store) -> None:
+    made = stages(finished(store))
+    # 2 x 2 x 3 probes of two arms, 2 x 3 of colour, 2 fine-tunings of two arms
+    assert made == {"pretrain": 2, "initialise": 2, "embed": 5, "search": 3, "evaluate": 34, "report": 1}
+    report = store.read("studies/tiny/report.html").decode()
+    assert "<html" in report and "http://" not in report.replace("http://www.w3.org", "")
+    assert {e.key.removeprefix("studies/tiny/") for e in store.list("studies/tiny/")} >= {
+        "report.md",
+        "scores.csv",
+        "arms/random.json",
+    }
+    assert not store.list("ray/")
+
+
+def test_histories_hold_every_step_of_every_rank_once(store: Store) -> None:
+    import io
+
+    import pyarrow.parquet as pq
+
+    for name in (n for n in finished(store) if n.startswith("pretrain-")):
+        history = pq.read_table(io.BytesIO(store.read(f"artifacts/{name}/history.parquet"))).to_pandas()
+        counts = history.groupby(["rank", "step"]).size()
+        assert (counts == 1).all() and set(history["rank"]) == {0, 1}
+        assert history["step"].nunique() * 2 == len(history)
+
+
+def test_second_run_does_nothing_and_says_so(place: Path, study: Path, store: Store) -> None:
+    before = finished(store)
+    started = time.monotonic()
+    done = tiny.medssl("run", str(study), "--store", str(place / "store"), "--json")
+    assert "nothing to do" in done.stderr
+    assert time.monotonic() - started < 30
+    assert finished(store) == before
+    assert json.loads(done.stdout) == json.loads((place / "result.json").read_text())
+
+
+def test_plan_says_what_is_finished_and_what_the_rest_costs(place: Path, study: Path) -> None:
+    done = tiny.medssl("plan", str(study), "--store", str(place / "store"), "--json")
+    assert {line["state"] for line in json.loads(done.stdout)} == {"finished"}
+    more = tiny.medssl("plan", str(study), "--store", str(place / "store"), "--json", "--set", "arms.0.epochs=5")
+    lines = {line["label"]: line for line in json.loads(more.stdout)}
+    images = pd.read_parquet(next((place / "store" / "datasets" / "lesions").glob("index-*.parquet")))
+    assert lines["pretrain barlow_twins seed 0"]["state"] == "to do"
+    assert lines["pretrain barlow_twins seed 0"]["images"] == 5 * (images["split"] == "train").sum()
+    assert lines["initialise random seed 0"]["state"] == "finished"
+    assert lines["report"]["state"] == "waits"
+
+
+def test_predict_equals_what_the_evaluation_stored(place: Path, study: Path, store: Store, table: Path) -> None:
+    import io
+
+    import pyarrow.parquet as pq
+
+    for arm, protocol in (("barlow_twins", "linear_probe"), ("colour", "linear_probe"), ("random", "fine_tune")):
+        index = json.loads(store.read(f"studies/tiny/arms/{arm}.json"))
+        run = next(r for r in index["evaluations"] if r["protocol"] == protocol and r["seed"] == 0)
+        stored = pq.read_table(io.BytesIO(store.read(f"artifacts/{run['artifact']}/predictions.parquet"))).to_pandas()
+        out = place / f"{arm}.csv"
+        tiny.medssl("predict", arm, str(table.parent), "--out", str(out), "--store", str(place / "store"), "--protocol", protocol)
+        new = pd.read_csv(out)
+        new["image_id"] = [Path(p).stem for p in new["image"]]
+        both = stored.merge(new, on="image_id", validate="one_to_one")
+        assert len(both) == len(stored) > 0
+        classes = [c for c in new.columns if c.startswith("p_")]
+        for number, column in enumerate(classes):
+            np.testing.assert_allclose(
+                both[column], both[f"p_{number}"] if f"p_{number}" in both else both[f"p_{number}_x"], atol=1e-5
+            )
+
+
+def test_more_head_seeds_compute_only_the_new_ones(place: Path, study: Path, store: Store) -> None:
+    before = finished(store)
+    tiny.medssl("run", str(study), "--store", str(place / "store"), "--set", "protocols.linear_probe.head_seeds=5")
+    # two more for each of 2 x 2, 2 x 2 and 2 cells, and the report over them
+    assert stages(finished(store) - before) == {"evaluate": 20, "report": 1}
+
+
+def test_a_mended_label_recomputes_what_depends_on_it(place: Path, study: Path, store: Store, table: Path) -> None:
+    before = finished(store)
+    rows = pd.read_csv(table)
+    index = pd.read_parquet(next((place / "store" / "datasets" / "lesions").glob("index-*.parquet")))
+    test = index[(index["split"] == "test") & (index["label"] == index["label"].mode()[0])].iloc[0]
+    image = rows.columns[0]
+    row = rows.index[[Path(p).stem == test["image_id"] for p in rows[image]]][0]
+    rows = rows.merge(
+        index[["image_id", "split"]].assign(key=index["image_id"]),
+        left_on=rows[image].map(lambda p: Path(p).stem),
+        right_on="key",
+    )
+    rows = rows.drop(columns=["key", "key_0", "image_id"], errors="ignore")
+    rows.loc[row, "label"] = next(c for c in sorted(set(rows["label"])) if c != rows.loc[row, "label"])
+    mended = table.with_name("mended.csv")
+    rows.to_csv(mended, index=False)
+    tiny.ingest_table(mended, str(place / "store" / "datasets" / "lesions"))
+    done = tiny.medssl("plan", str(study), "--store", str(place / "store"), "--json")
+    states = Counter((line["stage"], line["state"].split(" (")[0]) for line in json.loads(done.stdout))
+    # a test label touches the evaluations and the report; no encoder, no features, no search
+    for stage in ("pretrain", "initialise", "embed", "search"):
+        assert states[stage, "to do"] == states[stage, "waits"] == 0
+    assert states["evaluate", "finished"] == 0
+    tiny.medssl("run", str(study), "--store", str(place / "store"))
+    assert stages(finished(store) - before) == {"evaluate": 34, "report": 1}
+
+
+def test_report_needs_a_finished_study(place: Path, study: Path) -> None:
+    done = tiny.medssl("report", str(study), "--store", str(place / "store"), "--set", "arms.0.epochs=7", check=False)
+    assert done.returncode == 2 and "is not finished" in done.stderr and "Traceback" not in done.stderr
+    again = tiny.medssl("report", str(study), "--store", str(place / "store"))
+    assert "report.html" in again.stdout
+
+
+def test_python_api_gives_frames(place: Path, study: Path) -> None:
+    import medssl
+
+    result = medssl.run(str(study), str(place / "store"))
+    assert {"arm", "protocol", "metric", "value"} <= set(result.scores.columns)
+    assert set(result.summary["arm"]) == {"barlow_twins", "random", "colour"}
+    assert result.report_uri.endswith("studies/tiny/report.html")

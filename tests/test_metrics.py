@@ -1,0 +1,112 @@
+"""Scores against scikit-learn, on random cases with ties, missing classes and image weights."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from medssl import metrics
+
+sklearn_metrics = pytest.importorskip("sklearn.metrics")
+
+CASES = range(60)
+
+
+def random_case(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Probabilities (N, K), labels (N,) and weights (N,) or None; odd cases have ties, some miss classes."""
+    rng = np.random.default_rng(seed)
+    classes = int(rng.integers(2, 8))
+    images = int(rng.integers(8, 200))
+    logits = rng.normal(size=(images, classes)) * 2
+    if seed % 2:
+        logits = np.round(logits)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = rng.integers(0, classes - (1 if seed % 5 == 0 and classes > 2 else 0), size=images)
+    weights = None
+    if seed % 3 == 1:
+        weights = rng.integers(0, 4, size=images).astype(float)
+        weights[0] = 1.0
+    if seed % 3 == 2:
+        weights = rng.random(images)
+    return probabilities, labels, weights
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_scores_of_the_predicted_class_equal_scikit_learn(seed: int) -> None:
+    probabilities, labels, weights = random_case(seed)
+    kept = np.ones(len(labels), bool) if weights is None else weights > 0
+    truth, predicted = labels[kept], probabilities.argmax(axis=1)[kept]
+    sample_weight = None if weights is None else weights[kept]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn warns of predicted classes without images
+        expected = {
+            "accuracy": sklearn_metrics.accuracy_score(truth, predicted, sample_weight=sample_weight),
+            "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(truth, predicted, sample_weight=sample_weight),
+            "f1_weighted": sklearn_metrics.f1_score(
+                truth, predicted, average="weighted", sample_weight=sample_weight, zero_division=0
+            ),
+            "f1_macro": sklearn_metrics.f1_score(truth, predicted, average="macro", sample_weight=sample_weight, zero_division=0),
+        }
+    for name, value in expected.items():
+        assert metrics.METRICS[name](probabilities, labels, weights) == pytest.approx(value, abs=1e-12), name
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_auc_per_class_equals_scikit_learn(seed: int) -> None:
+    probabilities, labels, weights = random_case(seed)
+    areas = metrics.roc_auc_per_class(probabilities, labels, weights)
+    kept = np.ones(len(labels), bool) if weights is None else weights > 0
+    for k, area in enumerate(areas):
+        if len(np.unique(labels[kept] == k)) < 2:
+            assert np.isnan(area)
+            continue
+        expected = sklearn_metrics.roc_auc_score(labels == k, probabilities[:, k], sample_weight=weights)
+        assert area == pytest.approx(expected, abs=1e-12)
+    assert metrics.roc_auc_ovr(probabilities, labels, weights) == pytest.approx(np.nanmean(areas), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_confusion_equals_scikit_learn(seed: int) -> None:
+    probabilities, labels, weights = random_case(seed)
+    expected = sklearn_metrics.confusion_matrix(
+        labels, probabilities.argmax(axis=1), labels=range(probabilities.shape[1]), sample_weight=weights
+    )
+    np.testing.assert_allclose(metrics.confusion(probabilities, labels, weights), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(metrics.METRICS))
+def test_whole_weights_equal_repeated_images(name: str) -> None:
+    probabilities, labels, _ = random_case(7)
+    repeats = np.random.default_rng(1).integers(0, 4, size=len(labels))
+    metric = metrics.METRICS[name]
+    weighted = metric(probabilities, labels, repeats.astype(float))
+    repeated = metric(np.repeat(probabilities, repeats, axis=0), np.repeat(labels, repeats), None)
+    assert weighted == pytest.approx(repeated, abs=1e-12)
+
+
+def test_missing_classes_are_left_out_and_not_counted_as_zero() -> None:
+    probabilities = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.6, 0.4, 0.0]])
+    labels = np.array([0, 1, 1])
+    assert metrics.balanced_accuracy(probabilities, labels) == pytest.approx(0.75)
+    assert metrics.f1_macro(probabilities, labels) == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert metrics.roc_auc_ovr(probabilities, labels) == pytest.approx(1.0)
+    assert np.isnan(metrics.roc_auc_ovr(probabilities[:1], labels[:1]))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "weights", "message"),
+    [
+        (np.ones((3, 2)) / 2, np.zeros(2, int), None, "expected"),
+        (np.ones((2, 2)) / 2, np.array([0, 2]), None, "0..1"),
+        (np.array([[np.nan, 1.0]]), np.array([0]), None, "NaN"),
+        (np.ones((2, 2)) / 2, np.array([0, 1]), np.array([1.0, -1.0]), "weights"),
+        (np.ones((0, 2)), np.zeros(0, int), None, "no image"),
+    ],
+)
+def test_unusable_input_is_refused(
+    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        metrics.accuracy(probabilities, labels, weights)

@@ -1,0 +1,140 @@
+"""The recipe: what is refused, in which words, and what is taken as given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medssl.errors import RecipeError
+from medssl.recipe import Recipe
+from medssl.recipe_file import dump, load
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def raw(**changes: Any) -> dict[str, Any]:
+    return {
+        "study": "s",
+        "dataset": "datasets/d",
+        "arms": [
+            {"name": "bt", "objective": {"name": "barlow_twins", "projector": [8, 8]}, "epochs": 2, "batch_size": 8},
+            {"name": "random"},
+            {"name": "colour", "features": "colour"},
+        ],
+        "protocols": [
+            {"name": "probe", "kind": "linear_probe"},
+            {"name": "tune", "kind": "fine_tune", "head_seeds": 5},
+        ],
+        "comparisons": [{"better": "bt", "than": "random", "protocol": "probe"}],
+    } | changes
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_recipes_are_valid_and_open_with_a_header(path: Path) -> None:
+    load(path)
+    assert path.read_text().startswith("#")
+
+
+def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
+    recipe = load(raw())
+    path = tmp_path / "r.yaml"
+    path.write_text(dump(recipe))
+    assert load(path) == recipe
+
+
+def test_every_field_is_described() -> None:
+    def walk(schema: Any) -> Any:
+        if isinstance(schema, dict):
+            for name, field in schema.get("properties", {}).items():
+                if not (field.get("description") or "$ref" in field or "allOf" in field):
+                    yield name
+            for value in schema.values():
+                yield from walk(value)
+        elif isinstance(schema, list):
+            for value in schema:
+                yield from walk(value)
+
+    assert list(walk(Recipe.model_json_schema())) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"comparisonss": []}, ["unknown field 'comparisonss'", "did you mean 'comparisons'?"]),
+        ({"arms": [{"name": "a", "epoch": 3}]}, ["unknown field 'arms.0.epoch'", "did you mean 'epochs'?"]),
+        ({"protocols": [{"name": "p", "kind": "linear_probe", "head_seed": 3}]}, ["'protocols.0.head_seed'", "'head_seeds'"]),
+        ({"protocols": [{"name": "p", "kind": "linear_prob"}]}, ["linear_prob", "linear_probe", "fine_tune"]),
+        ({"arms": [{"name": "a", "epochs": 3}]}, ["objective and epochs go together, objective is missing"]),
+        ({"arms": [{"name": "bt", "objective": {"name": "barlow_twins"}, "epochs": 0}]}, ["epochs", "equal to 1", "not 0"]),
+        ({"metrics": ["balanced_acuracy"]}, ["balanced_acuracy", "did you mean 'balanced_accuracy'?"]),
+        ({"comparisons": [{"better": "btt", "than": "random", "protocol": "probe"}]}, ["'btt'", "did you mean 'bt'?"]),
+        ({"comparisons": [{"better": "bt", "than": "colour", "protocol": "tune"}]}, ["'colour' has no network to fine-tune"]),
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, ["two arms are named 'a'"]),
+        ({"compute": {"workers": 3}}, ["batch_size 8 is not a multiple of compute.workers 3"]),
+        ({"repeats": {"labels": None, "label_draws": 2}}, ["label_draws must be 1"]),
+        ({"dataset": None}, ["dataset", "string"]),
+    ],
+)  # fmt: skip
+def test_what_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(raw(**changes))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_overrides_are_typed_validated_and_in_order() -> None:
+    recipe = load(raw(), ["arms.0.epochs=5", "arms.bt.optimiser.learning_rate=1e-2", "arms.0.epochs=7"])
+    assert recipe.arms[0].epochs == 7
+    assert recipe.arms[0].optimiser.learning_rate == 0.01
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("arms.0.epochs", ["path.to.field=value"]),
+        ("arms.9.epochs=1", ["no item '9'", "bt"]),
+        ("arms.0.epochs=x", ["arms.0.epochs", "'x'"]),
+        ("arms.0.epochz=1", ["did you mean 'epochs'?"]),
+        ("study.name=1", ["single value"]),
+    ],
+)
+def test_overrides_that_are_refused(override: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(raw(), [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("study: [", ["not valid YAML"]),
+        ("- a\n- b\n", ["list"]),
+        ("study: a\nstudy: b\n", ["'study' is given twice"]),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_file_is_one_line() -> None:
+    with pytest.raises(RecipeError, match=r"no recipe at nowhere\.yaml"):
+        load("nowhere.yaml")
+
+
+def test_numbers_in_scientific_form_are_numbers(tmp_path: Path) -> None:
+    """YAML 1.1 would read 1e-3 as text."""
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(raw()).replace("batch_size: 8", "batch_size: 8\n  optimiser: {learning_rate: 1e-3}"))
+    assert load(path).arms[0].optimiser.learning_rate == 1e-3

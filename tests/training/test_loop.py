@@ -1,0 +1,205 @@
+"""The loop: killed ranks, resumption, what lands in the store, and a loss that turns NaN. No Ray."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from medssl.checkpoint import CheckpointFolder
+from medssl.collectives import Process
+from medssl.networks import EncoderParams, build_encoder, load_weights
+from medssl.store import Store, open_store
+from medssl.training.feed import ResidentFeed, ResidentImages
+from medssl.training.loop import PretrainResult, Progress, pretrain
+from medssl.training.plan import PretrainPlan
+from PIL import Image
+from ranks import results, run_on_ranks, start_ranks
+
+STEPS_PER_EPOCH, EPOCHS, BATCH = 3, 3, 12
+CPU = Process(0, 1, torch.device("cpu"))
+
+
+def plan(**changed: Any) -> PretrainPlan:
+    fields: dict[str, Any] = {
+        "encoder": {"name": "test_resnet", "image_px": 32},
+        "objective": {"projector": (32, 24)},
+        "optimiser": {},
+        "schedule": {"name": "warmup_cosine", "warmup_epochs": 1},
+        "views": {},
+        "epochs": EPOCHS,
+        "batch_size": BATCH,
+        "seed": 3,
+    }
+    return PretrainPlan.model_validate({**fields, **changed})
+
+
+def resident(folder: Path) -> ResidentImages:
+    array = np.random.default_rng(0).integers(0, 256, (STEPS_PER_EPOCH * BATCH + 5, 40, 40, 3), dtype=np.uint8)
+    return ResidentImages.write(folder / "images", array, [str(k) for k in range(len(array))])
+
+
+def train(process: Process, folder: str, output: str, **options: Any) -> PretrainResult:
+    """One rank's pretraining; `die_at=(rank, step)` sends that rank SIGKILL, `die_saving` does so before the mark."""
+    changed, die_at, die_saving = options.pop("plan", {}), options.pop("die_at", None), options.pop("die_saving", None)
+    chosen = plan(**changed)
+    images = resident(Path(folder))
+    feed = ResidentFeed(images, range(len(images)), chosen.batch_size, chosen.seed, process)
+
+    def progress(now: Progress) -> None:
+        if die_at == (process.rank, now.step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if die_saving is not None:
+        save = CheckpointFolder.save
+
+        def save_or_die(self: CheckpointFolder, step: int, weights: Any, state: Any) -> None:
+            if step == die_saving:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(self, step, weights, state)
+
+        CheckpointFolder.save = save_or_die  # type: ignore[method-assign]
+    defaults = {"checkpoint_every_steps": 2, "log_every_steps": 1}
+    return pretrain(chosen, feed, process, open_store(output, create=True), on_progress=progress, **{**defaults, **options})
+
+
+def rows(store: Store) -> dict[tuple[int, int], dict[str, Any]]:
+    """History by (rank, step); each must be there once."""
+    table = pq.read_table(io.BytesIO(store.read("history.parquet"))).to_pylist()
+    found = {(row["rank"], row["step"]): row for row in table}
+    assert len(found) == len(table)
+    return found
+
+
+def assert_same_training(found: Store, expected: Store, world: int) -> None:
+    ours, theirs = rows(found), rows(expected)
+    assert set(ours) == set(theirs) == {(r, s) for r in range(world) for s in range(1, STEPS_PER_EPOCH * EPOCHS + 1)}
+    for place, row in ours.items():
+        for column in ("loss", "invariance", "redundancy", "gradient_norm", "learning_rate", "epoch", "effective_rank"):
+            assert row[column] == theirs[place][column], (place, column)
+    assert found.read("encoder.safetensors") == expected.read("encoder.safetensors")
+    assert found.read("views.png") == expected.read("views.png")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_killed_rank_changes_nothing(tmp_path: Path, world: int) -> None:
+    resident(tmp_path)
+    outputs = [open_store(str(tmp_path / name), create=True) for name in ("undisturbed", "killed")]
+    victim = (world - 1, STEPS_PER_EPOCH * 2 + 2)  # in mid-epoch, two steps after the last checkpoint
+    calls = [(outputs[0].uri, {}), (outputs[1].uri, {"die_at": victim})]
+    killed = start_ranks(train_twice_body, world, tmp_path / "a", str(tmp_path), calls)
+    codes = [process.wait(120) for process in killed]
+    assert codes[world - 1] == -signal.SIGKILL and 0 not in codes
+    assert CheckpointFolder(outputs[1].sub("checkpoints")).latest() == STEPS_PER_EPOCH * 2
+    assert not outputs[1].exists("encoder.safetensors")
+    found = run_on_ranks(train_body, world, tmp_path / "b", str(tmp_path), outputs[1].uri, {})
+    assert [result.status for result in found] == ["finished"] * world
+    assert_same_training(outputs[1], outputs[0], world)
+
+
+def train_body(process: Process, folder: str, output: str, options: dict[str, Any]) -> PretrainResult:
+    return train(process, folder, output, **options)
+
+
+def train_twice_body(process: Process, folder: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
+    for output, options in calls:
+        train(process, folder, output, **options)
+
+
+def test_killed_between_metrics_and_mark(tmp_path: Path) -> None:
+    """The rows of steps 3 and 4 are stored, their checkpoint is not: both are trained again and stored once."""
+    outputs = [open_store(str(tmp_path / name), create=True) for name in ("undisturbed", "killed")]
+    train(CPU, str(tmp_path), outputs[0].uri)
+    ranks = start_ranks(train_body, 1, tmp_path / "ranks", str(tmp_path), outputs[1].uri, {"die_saving": 4})
+    assert ranks[0].wait(120) == -signal.SIGKILL
+    assert outputs[1].exists("metrics/000000004-000000004-rank-00000.parquet")
+    assert CheckpointFolder(outputs[1].sub("checkpoints")).latest() == 3
+    results(start_ranks(train_body, 1, tmp_path / "ranks", str(tmp_path), outputs[1].uri, {}), tmp_path / "ranks")
+    assert_same_training(outputs[1], outputs[0], 1)
+
+
+def test_what_a_finished_training_leaves(tmp_path: Path) -> None:
+    output = open_store(str(tmp_path / "out"), create=True)
+    seen: list[Progress] = []
+    images = resident(tmp_path)
+    feed = ResidentFeed(images, range(len(images)), BATCH, 3, CPU)
+    result = pretrain(plan(), feed, CPU, output, log_every_steps=2, keep_checkpoints=1, on_progress=seen.append)
+    total = STEPS_PER_EPOCH * EPOCHS
+    assert (result.status, result.step, result.epochs, result.last_checkpoint_step) == ("finished", total, EPOCHS, total)
+    assert set(result.files) == {"encoder.safetensors", "history.parquet", "events.out.tfevents.0.medssl", "views.png"}
+    assert result.facts["images"] == total * BATCH
+    assert CheckpointFolder(output.sub("checkpoints")).steps() == [total]
+    encoder = build_encoder(EncoderParams(name="test_resnet", image_px=32), 0)
+    load_weights(encoder, output.read("encoder.safetensors"))
+    Image.open(io.BytesIO(output.read("views.png"))).verify()
+    assert [progress.step for progress in seen] == [2, 3, 4, 6, 8, 9]  # every second, and the epochs' ends
+    assert seen[-1].images == seen[-1].total_images == total * BATCH
+    history = rows(output)
+    logged = {step for (_, step), row in history.items() if row["effective_rank"] is not None}
+    assert logged == {2, 3, 4, 6, 8, 9}
+    for row in history.values():
+        assert row["loss"] == pytest.approx(row["invariance"] + 0.0051 * row["redundancy"], rel=1e-5)
+        assert row["images_per_second"] > 0 and 0 <= row["data_wait_share"] <= 1 and row["gradient_norm"] > 0
+    assert history[0, 1]["learning_rate"] == 0 and history[0, 4]["learning_rate"] == pytest.approx(1.5e-3)
+    # A second call trains nothing more and leaves the same encoder.
+    before = output.read("encoder.safetensors")
+    again = pretrain(plan(), feed, CPU, output, on_progress=lambda _: pytest.fail("trained again"))
+    assert again.step == total and output.read("encoder.safetensors") == before
+
+
+def test_tensorboard_events_hold_the_history(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = open_store(str(tmp_path / "out"), create=True)
+    train(CPU, str(tmp_path), output.uri)
+    output.download("events.out.tfevents.0.medssl", tmp_path / "events" / "events.out.tfevents.0.medssl")
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    scalars = {event.step: event.value for event in events.Scalars("train/loss")}
+    expected = {step: row["loss"] for (_, step), row in rows(output).items()}
+    assert scalars == {step: pytest.approx(value) for step, value in expected.items()}
+
+
+DIVERGING = {"optimiser": {"name": "sgd", "learning_rate": 1e30}, "schedule": {"name": "warmup_cosine", "warmup_epochs": 1}}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_non_finite_stops_everywhere_and_is_never_kept(tmp_path: Path, world: int) -> None:
+    resident(tmp_path)
+    output = open_store(str(tmp_path / "out"), create=True)
+    options = {"plan": DIVERGING, "checkpoint_every_steps": 1, "log_every_steps": 50}
+    found = run_on_ranks(train_body, world, tmp_path / "a", str(tmp_path), output.uri, options)
+    first = found[0]
+    assert all(result == first for result in found)
+    assert first.status == "non_finite" and 1 < first.step <= STEPS_PER_EPOCH
+    assert first.learning_rate == pytest.approx(1e30 * (first.step - 1) / STEPS_PER_EPOCH)
+    folder = CheckpointFolder(output.sub("checkpoints"))
+    assert first.last_checkpoint_step == folder.latest() == first.step - 1
+    weights, _ = folder.load(first.step - 1)
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+    assert not output.exists("encoder.safetensors")
+    assert f"{first.step:09d}" in "".join(entry.key for entry in output.list("metrics/"))
+    again = run_on_ranks(train_body, world, tmp_path / "b", str(tmp_path), output.uri, options)
+    assert again == found  # the same end from the last good checkpoint
+
+
+def test_nan_without_checkpoints_names_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medssl.training import step as step_module
+
+    views = step_module.Stepper.make_views
+    poison = 5
+
+    def poisoned(self: Any, images: torch.Tensor, done: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = views(self, images, done)
+        return (first * float("nan") if done == poison - 1 else first), second
+
+    monkeypatch.setattr(step_module.Stepper, "make_views", poisoned)
+    output = open_store(str(tmp_path / "out"), create=True)
+    result = train(CPU, str(tmp_path), output.uri, checkpoint_every_steps=None, log_every_steps=100)
+    assert (result.status, result.step, result.epochs, result.last_checkpoint_step) == ("non_finite", poison, 1, 3)
