@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
+
 from medssl.checkpoint import CheckpointFolder
 from medssl.errors import NonFiniteLoss, StoreError
 from medssl.store import Store, open_store
-from safetensors.torch import load
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from medssl import collectives
-from medssl.collectives import Process, SyncBatchNorm, all_gather, all_reduce, convert_batch_norm
 from ranks import run_on_ranks
 from torch import nn
+
+from medssl import collectives
+from medssl.collectives import Process, SyncBatchNorm, all_gather, all_reduce, convert_batch_norm
 
 
 def _values(rank: int, rows: int = 3) -> torch.Tensor:

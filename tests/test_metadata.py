@@ -178,7 +178,9 @@ def test_tiff_strips_of_jpeg_lose_their_comments() -> None:
 @settings(deadline=None, max_examples=60)
 @given(share=st.floats(0, 0.999))
 def test_every_cut_is_noticed_or_harmless(kind: str, share: float) -> None:
-    """A cut file is refused with a DataError, never another exception; a TIFF may lose trailing bytes nobody refers to."""
+    """A cut file is refused with a DataError, never another exception; a TIFF may lose trailing bytes nobody refers
+    to.
+    """
     from medssl.images import load
 
     data = encoded(picture(), kind, **({"compression": "tiff_lzw"} if kind == "TIFF" else {}))

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from torch import nn
+
 from medssl.optim import (
     LARS,
     OptimiserParams,
@@ -21,8 +24,6 @@ from medssl.optim import (
     scheduled,
     warmup_cosine,
 )
-from pydantic import ValidationError
-from torch import nn
 
 GOLDEN = Path(os.environ.get("MEDSSL_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "golden"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from medssl.datasets.dataset import Dataset, open_dataset
 from medssl.datasets.synthetic import write_synthetic
 from medssl.errors import DataError, RecipeError
@@ -42,7 +43,9 @@ def expected(dataset: Dataset, folder: Path, px: int = PX, channels: int = 3) ->
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_resident_rows_are_the_images_in_index_order(dataset: Dataset, folder: Path, tmp_path: Path, channels: int) -> None:
+def test_resident_rows_are_the_images_in_index_order(
+    dataset: Dataset, folder: Path, tmp_path: Path, channels: int
+) -> None:
     seen: list[tuple[int, int]] = []
     images = resident_images(
         dataset, decode_px=PX, resize="squash", channels=channels, cache_dir=tmp_path,
@@ -73,7 +76,13 @@ def test_every_node_and_opening_without_ray_data(dataset: Dataset, folder: Path,
 
 
 def test_a_dataset_ingested_anew_is_noticed(dataset: Dataset, tmp_path: Path) -> None:
-    arguments = {"dataset_uri": dataset.uri, "digest": "0" * 32, "decode_px": PX, "resize": "squash", "cache_dir": str(tmp_path)}
+    arguments = {
+        "dataset_uri": dataset.uri,
+        "digest": "0" * 32,
+        "decode_px": PX,
+        "resize": "squash",
+        "cache_dir": str(tmp_path),
+    }
     with pytest.raises(DataError, match="ingested anew"):
         open_resident(**arguments)  # type: ignore[arg-type]
 
@@ -99,14 +108,17 @@ rows.decoded_batches = slow
 from medssl.datasets.dataset import open_dataset
 from medssl.datasets.read import Decoding
 digest = Decoding(int(sys.argv[3]), "squash", 3).digest(open_dataset(sys.argv[1]))
-rows.open_resident(dataset_uri=sys.argv[1], digest=digest, decode_px=int(sys.argv[3]), resize="squash", cache_dir=sys.argv[2])
+px = int(sys.argv[3])
+rows.open_resident(dataset_uri=sys.argv[1], digest=digest, decode_px=px, resize="squash", cache_dir=sys.argv[2])
 """
 
 
 def test_kill_9_in_mid_build_does_not_block_the_next(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
     flag, cache = tmp_path / "flag", tmp_path / "cache"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    child = subprocess.Popen([sys.executable, "-c", _BUILDER, dataset.uri, str(cache), str(PX), str(flag)], env=environment)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _BUILDER, dataset.uri, str(cache), str(PX), str(flag)], env=environment
+    )
     deadline = time.monotonic() + 120
     while not flag.exists():
         assert child.poll() is None and time.monotonic() < deadline
@@ -122,20 +134,27 @@ def test_kill_9_in_mid_build_does_not_block_the_next(dataset: Dataset, folder: P
 def test_stream_has_the_images_of_the_splits(dataset: Dataset, folder: Path) -> None:
     truth, index = expected(dataset, folder), dataset.index()
     seen = []
-    for batch in stream_images(dataset, decode_px=PX, resize="squash", splits=["val", "test"]).iter_batches(batch_size=5):
+    for batch in stream_images(dataset, decode_px=PX, resize="squash", splits=["val", "test"]).iter_batches(
+        batch_size=5
+    ):
         for row, image in zip(batch["row"], batch["image"], strict=True):
             assert np.array_equal(image, truth[row])
             seen.append(int(row))
     assert sorted(seen) == index.index[index["split"].isin(["val", "test"])].tolist()
 
 
-def test_stream_feed_gives_every_rank_as_much_in_another_order_each_epoch(ray_session: Any, dataset: Dataset, folder: Path) -> None:
+def test_stream_feed_gives_every_rank_as_much_in_another_order_each_epoch(
+    ray_session: Any, dataset: Dataset, folder: Path
+) -> None:
     ray, train = ray_session, dataset.index().index[dataset.index()["split"] == "train"]
-    shards = stream_images(dataset, decode_px=PX, resize="squash", splits=["train"], seed=0).streaming_split(2, equal=True)
+    shards = stream_images(dataset, decode_px=PX, resize="squash", splits=["train"], seed=0).streaming_split(
+        2, equal=True
+    )
 
     @ray.remote(num_cpus=0)
     def consume(shard: Any, rank: int) -> list[list[tuple[int, bytes]]]:
         import torch
+
         from medssl.collectives import Process
 
         feed = StreamFeed(shard, len(train), 8, 0, Process(rank=rank, world=2, device=torch.device("cpu")))
@@ -144,7 +163,9 @@ def test_stream_feed_gives_every_rank_as_much_in_another_order_each_epoch(ray_se
             batches = list(feed.batches(epoch))
             assert len(batches) == feed.steps_per_epoch == len(train) // 8
             assert all(images.shape == (4, PX, PX, 3) for images, _ in batches)
-            epochs.append([(int(r), i.numpy().tobytes()) for images, rows in batches for i, r in zip(images, rows, strict=True)])
+            epochs.append(
+                [(int(r), i.numpy().tobytes()) for images, rows in batches for i, r in zip(images, rows, strict=True)]
+            )
         return epochs
 
     ranks = ray.get([consume.remote(shard, rank) for rank, shard in enumerate(shards)])
@@ -161,6 +182,7 @@ def test_stream_feed_gives_every_rank_as_much_in_another_order_each_epoch(ray_se
 
 def test_stream_feed_refuses_what_it_cannot_do(dataset: Dataset) -> None:
     import torch
+
     from medssl.collectives import Process
 
     process = Process(rank=0, world=1, device=torch.device("cpu"))

@@ -8,6 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch.nn import functional as F
+
 from medssl.networks import EncoderParams
 from medssl.views import (
     Draws,
@@ -22,9 +26,6 @@ from medssl.views import (
     to_unit,
     view_sheet,
 )
-from PIL import Image
-from pydantic import ValidationError
-from torch.nn import functional as F
 
 PLAIN = EncoderParams(image_px=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 NOTHING = ViewParams(
@@ -97,9 +98,7 @@ def test_crop_equals_cutting_and_resizing() -> None:
     ratio = draws.width / draws.height
     assert float(ratio.min()) >= 0.75 and float(ratio.max()) <= 1.3334
     assert float((draws.centre_x - draws.width / 2).min()) >= 0 and float((draws.centre_x + draws.width / 2).max()) <= 1
-    for image, view, x, y, w, h in zip(
-        images, views, draws.centre_x, draws.centre_y, draws.width, draws.height, strict=True
-    ):
+    for image, view, x, y, w, h in zip(images, views, draws.centre_x, draws.centre_y, draws.width, draws.height, strict=True):
         box = tuple(float(v) * 60 for v in (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
         # BILINEAR transforms sample points, as grid_sample does.
         cut = Image.fromarray(image.numpy()).transform((32, 32), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
@@ -161,7 +160,7 @@ def test_blur_equals_a_gaussian_of_the_sigma_drawn() -> None:
     images = pictures(16)
     for view in range(2):
         found, draws = made(params, images, view), draws_of(params, images, view)
-        assert 1 < len(draws.blur_sigma.unique()) and float(draws.blur_sigma.min()) >= 0.5
+        assert len(draws.blur_sigma.unique()) > 1 and float(draws.blur_sigma.min()) >= 0.5
         assert bool(draws.blur.all()) == (view == 0)
         for image, out, flag, sigma in zip(to_unit(images), found, draws.blur, draws.blur_sigma, strict=True):
             blurred = gaussian_filter(image.numpy(), (0, float(sigma), float(sigma)), radius=(0, 6, 6), mode="mirror")

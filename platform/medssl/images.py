@@ -3,10 +3,12 @@
 JPEG and PNG go through torchvision's decoder (about twice PIL's speed per core), TIFF through PIL. Shapes: H height,
 W width, C channels, all arrays uint8 and (H, W, C).
 
-Depth: 16-bit images are scaled to 8 bits by the depth of their detector, not clipped. A PNG says it in its sBIT chunk; where
-nothing says it, it is the smallest of 10, 12, 14 and 16 bits that holds the largest value, as 12-bit detectors write 0..4095
-into 16-bit files. Transparency is dropped (the stored colours are what the camera saw). Palettes are expanded. EXIF
-orientation is applied, so pixels are as a viewer shows them. Formats are told by signature, not by file name.
+Depth: 16-bit images are scaled to 8 bits by the depth of their detector, not clipped. A PNG says it in its sBIT
+    chunk; where
+nothing says it, it is the smallest of 10, 12, 14 and 16 bits that holds the largest value, as 12-bit detectors write
+0..4095 into 16-bit files. Transparency is dropped (the stored colours are what the camera saw). Palettes are
+expanded. EXIF orientation is applied, so pixels are as a viewer shows them. Formats are told by signature, not by
+file name.
 """
 
 from __future__ import annotations
@@ -99,8 +101,8 @@ def decode(data: bytes, *, px: int, resize: Resize, channels: int = 3) -> Pixels
 def perceptual_hash(pixels: Pixels) -> str:
     """64-bit perceptual hash of (H, W, C) uint8 pixels as 16 hex digits; alike pictures differ in few bits.
 
-    pHash: the 8 x 8 lowest frequencies of the discrete cosine transform of the 32 x 32 luminance, each compared with their
-    median (Zauner 2010; the `imagehash` package computes the same up to the resizing filter).
+    pHash: the 8 x 8 lowest frequencies of the discrete cosine transform of the 32 x 32 luminance, each compared with
+    their median (Zauner 2010; the `imagehash` package computes the same up to the resizing filter).
     """
     small_HW = _to_grey(_resized(pixels, 32, 32))[:, :, 0].astype(np.float64)
     low = _DCT @ small_HW @ _DCT.T
@@ -127,7 +129,8 @@ def _resized(pixels: Pixels, height: int, width: int) -> Pixels:
         return np.ascontiguousarray(pixels)
     import torch
 
-    source = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    writable = np.require(pixels, requirements=["C", "W"])  # torch warns of read-only memory
+    source = torch.from_numpy(writable).permute(2, 0, 1)[None]
     out = torch.nn.functional.interpolate(source, (height, width), mode="bilinear", antialias=True)
     return np.ascontiguousarray(out[0].permute(1, 2, 0).numpy())
 

@@ -1,18 +1,18 @@
 """Removes what a camera, scanner or archive wrote beside the pixels: it can name the patient, the clinic and the day.
 
-Nothing is re-encoded: the compressed pixels are copied byte for byte, so every decoder returns the same values as before.
-What may stay is a list of what decoding needs; everything else goes, known or unknown:
+Nothing is re-encoded: the compressed pixels are copied byte for byte, so every decoder returns the same values as
+before. What may stay is a list of what decoding needs; everything else goes, known or unknown:
 
 - JPEG: frame, tables, scans, restart markers, the JFIF header (its thumbnail removed) and Adobe's colour transform flag
   stay. EXIF, XMP, ICC profiles, IPTC, comments, maker notes, thumbnails and whatever follows the end marker go.
-- PNG: header, palette, transparency, pixels and the fixed-size colour and resolution chunks stay. Text, time, EXIF, ICC,
-  private chunks, animation frames and trailing data go.
+- PNG: header, palette, transparency, pixels and the fixed-size colour and resolution chunks stay. Text, time, EXIF,
+  ICC, private chunks, animation frames and trailing data go.
 - TIFF (classic and BigTIFF): the file is laid out anew with the first page's pixel data and the tags that describe it.
   Text tags, EXIF and GPS directories, XMP, private tags, further pages and unreferenced bytes go.
 
-ICC profiles go although they change how a screen shows the colours: medssl's decoders (and PIL's and torchvision's) ignore
-them, and they carry free text that names device and site. An EXIF orientation other than "upright" would turn the picture
-for every viewer when dropped, so it stays, alone, in a minimal EXIF block of 26 bytes.
+ICC profiles go although they change how a screen shows the colours: medssl's decoders (and PIL's and torchvision's)
+ignore them, and they carry free text that names device and site. An EXIF orientation other than "upright" would turn
+the picture for every viewer when dropped, so it stays, alone, in a minimal EXIF block of 26 bytes.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class PngChunk(NamedTuple):
 
 
 def png_chunks(data: bytes) -> Iterator[PngChunk]:
-    """The chunks up to IEND, which is included. DataError when cut short or when a checksum of a kept chunk is wrong."""
+    """The chunks up to and with IEND. DataError when cut short or when the checksum of a kept chunk is wrong."""
     view = memoryview(data)
     position = 8
     while True:
@@ -264,8 +264,9 @@ _TIFF_KEPT = {
     ),
     *(_JPEG_TABLES, 529, 530, 531, 532, *_STRIPS, *_TILES),
 }
-"""Size, depth, compression, photometry, fill order, orientation, rows per strip, range, resolution, planes, fax options,
-predictor, colour map, tile size, extra samples, sample format, JPEG tables, YCbCr description, where the pixels are."""
+"""Size, depth, compression, photometry, fill order, orientation, rows per strip, range, resolution, planes, fax
+options, predictor, colour map, tile size, extra samples, sample format, JPEG tables, YCbCr description, where the
+pixels are."""
 _PIXELS_CUT = "truncated: the TIFF's pixels reach beyond its end"
 
 

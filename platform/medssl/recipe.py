@@ -244,34 +244,32 @@ class Recipe(Params):
     def _consistent(self) -> Recipe:
         for metric in self.metrics:
             check_metric(metric)
-        arms, protocols = [a.name for a in self.arms], [p.name for p in self.protocols]
-        for kind, names in (("arm", arms), ("protocol", protocols)):
+        for kind, names in (("arm", [a.name for a in self.arms]), ("protocol", [p.name for p in self.protocols])):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
-        by_name = {a.name: a for a in self.arms}
-        kinds = {p.name: p.kind for p in self.protocols}
         for comparison in self.comparisons:
-            for arm in (comparison.better, comparison.than):
-                if arm not in by_name:
-                    raise ValueError(f"comparison names arm '{arm}': {nearest(arm, arms)}")
-                if by_name[arm].features == "colour" and kinds.get(comparison.protocol) == "fine_tune":
-                    raise ValueError(f"arm '{arm}' has no network to fine-tune: compare it by a linear probe")
-            if comparison.protocol not in kinds:
-                raise ValueError(f"comparison names protocol '{comparison.protocol}': {nearest(comparison.protocol, protocols)}")
-            if comparison.metric not in self.metrics:
-                raise ValueError(
-                    f"comparison metric '{comparison.metric}' is not among the study's metrics: "
-                    f"{nearest(comparison.metric, self.metrics)}"
-                )
+            self._check_comparison(comparison)
         if self.repeats.labels is None and self.repeats.label_draws != 1:
             raise ValueError("labels: null uses every label, so label_draws must be 1")
+        workers = self.compute.workers
         for arm in self.arms:
-            if arm.objective is not None and arm.batch_size % self.compute.workers:
-                raise ValueError(
-                    f"arm '{arm.name}': batch_size {arm.batch_size} is not a multiple of compute.workers {self.compute.workers}"
-                )
+            if arm.objective is not None and arm.batch_size % workers:
+                raise ValueError(f"arm '{arm.name}': batch_size {arm.batch_size} is not a multiple of compute.workers {workers}")
         return self
+
+    def _check_comparison(self, comparison: Comparison) -> None:
+        arms, protocols = {a.name: a for a in self.arms}, {p.name: p.kind for p in self.protocols}
+        for name in (comparison.better, comparison.than):
+            if name not in arms:
+                raise ValueError(f"comparison names arm '{name}': {nearest(name, arms)}")
+            if arms[name].features == "colour" and protocols.get(comparison.protocol) == "fine_tune":
+                raise ValueError(f"arm '{name}' has no network to fine-tune: compare it by a linear probe")
+        if comparison.protocol not in protocols:
+            raise ValueError(f"comparison names protocol '{comparison.protocol}': {nearest(comparison.protocol, protocols)}")
+        if comparison.metric not in self.metrics:
+            near = nearest(comparison.metric, self.metrics)
+            raise ValueError(f"comparison metric '{comparison.metric}' is not among the study's metrics: {near}")
 
     def encoder_of(self, arm: Arm) -> EncoderParams:
         """The encoder that an arm uses."""

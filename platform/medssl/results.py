@@ -118,8 +118,9 @@ def _collect(study: Study) -> dict[tuple[str, str], Runs]:
         cells.setdefault((cell.arm.name, cell.protocol.name), []).append(cell)
     rows = study.specs.rows(TEST)
     labels = study.specs.labels(rows)
-    patients = study.specs.index["patient_id"].astype(object).where(study.specs.index["patient_id"].notna(), None)
-    return {key: _runs(study, key, group, labels, patients.loc[rows].tolist()) for key, group in cells.items()}
+    known = study.specs.index["patient_id"]
+    patients = known.astype(object).where(known.notna(), None)
+    return {key: _runs(study, key, group, labels, patients.to_numpy()[rows].tolist()) for key, group in cells.items()}
 
 
 def _runs(study: Study, key: tuple[str, str], cells: list[Cell], labels_N: NDArray[np.int64], patients: list[str | None]) -> Runs:

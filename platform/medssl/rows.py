@@ -1,8 +1,8 @@
 """A dataset in the store -> decoded images for training: the resident file, and streaming through Ray Data.
 
 *Resident*: all images decoded once into a memory-mapped uint8 file in the node's cache folder, named by a digest of
-images and decoding. It is built under a file lock and renamed into place when whole, so a folder of that name is complete,
-and a build that was killed leaves nothing but a folder the next build clears away.
+images and decoding. It is built under a file lock and renamed into place when whole, so a folder of that name is
+complete, and a build that was killed leaves nothing but a folder the next build clears away.
 
 *Streaming*: Ray Data reads and decodes the shards anew in each epoch, in blocks small enough for a small object store.
 
@@ -26,13 +26,13 @@ from medssl.datasets.dataset import Dataset, Shard, open_dataset
 from medssl.datasets.read import Decoding, decoded_batches
 from medssl.errors import DataError, MedsslError, RecipeError
 from medssl.images import Resize
-from medssl.training.feed import IDS_FILE, IMAGES_FILE, ResidentImages, rank_slice
 
 if TYPE_CHECKING:
     import ray.data
     import torch
 
     from medssl.collectives import Process
+    from medssl.training.feed import ResidentImages  # torch stays out of a driver that only ingests
 
 CACHE_VARIABLE = "MEDSSL_CACHE"
 _BLOCK_BYTES = 16 << 20
@@ -64,8 +64,8 @@ def stream_images(
 ) -> ray.data.Dataset:
     """The images as a Ray Dataset with columns `row` (int64 row number) and `image` (uint8 (H, W, C)).
 
-    One task per shard reads and decodes; nothing is kept between epochs. With `seed` the shards come in another order in each
-    epoch; a shuffle buffer where they are consumed does the rest.
+    One task per shard reads and decodes; nothing is kept between epochs. With `seed` the shards come in another order
+    in each epoch; a shuffle buffer where they are consumed does the rest.
     """
     import ray.data
 
@@ -76,7 +76,7 @@ def stream_images(
     if seed is not None:
         stream = stream.randomize_block_order(seed=ray.data.RandomSeedConfig(seed, reseed_after_execution=True))
     return stream.map_batches(
-        _decode_shards,  # type: ignore[arg-type]  # Ray names no keyword arguments in its type
+        _decode_shards,
         batch_size=1,
         batch_format="numpy",
         num_cpus=1,
@@ -100,13 +100,15 @@ def _decode_shards(
 
 
 def quiet_ray_data() -> None:
-    """Turns off Ray Data's own progress bars and notices in this process: medssl shows progress itself."""
+    """Turns off Ray Data's own progress bars and log lines here: medssl shows progress itself, and errors come as
+    errors.
+    """
     import logging
 
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def user_error(error: BaseException) -> BaseException:
@@ -124,14 +126,16 @@ def user_error(error: BaseException) -> BaseException:
 class StreamFeed:
     """Batches of one rank from its shard of a streamed dataset; the Feed of `medssl.training.feed` for streaming.
 
-    The order is random within a shuffle buffer and over shards. Which rank gets which image is Ray Data's choice, so unlike
-    the resident feed a run cannot be repeated batch for batch, and starts in the middle of no epoch.
+    The order is random within a shuffle buffer and over shards. Which rank gets which image is Ray Data's choice, so
+    unlike the resident feed a run cannot be repeated batch for batch, and starts in the middle of no epoch.
     """
 
     def __init__(
         self, stream: ray.data.DataIterator, images: int, batch_size: int, seed: int, process: Process
     ) -> None:
         """`stream` is `ray.train.get_dataset_shard(...)`, `images` counts the streamed images of all ranks."""
+        from medssl.training.feed import rank_slice
+
         if images < batch_size:
             raise RecipeError(f"batch_size {batch_size} is larger than the {images} images; use {images} or less")
         share = rank_slice(batch_size, process)
@@ -177,7 +181,7 @@ class StreamFeed:
     def _buffer_rows(self) -> int:
         """Images to shuffle among: up to 4096, as many as fit once the size of one is known, and a batch at least."""
         fitting = _SHUFFLE_BYTES // self._image_bytes if self._image_bytes else 1024
-        return max(self._share, min(4096, fitting, self._images))
+        return int(max(self._share, min(4096, fitting, self._images)))
 
 
 # ------------------------------------------------------------------------------------------------------------- resident
@@ -232,7 +236,7 @@ def ensure_resident_on_nodes(
         dataset, decode_px=decode_px, resize=resize, channels=channels, cache_dir=cache_dir, progress=progress
     )
     own = ray.get_runtime_context().get_node_id()
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()
     others = [n["NodeID"] for n in nodes if n["Alive"] and n["NodeID"] != own and n["Resources"].get("CPU", 0) > 0]
     build = ray.remote(num_cpus=0, max_retries=2)(_build_on_node)
     tasks = [
@@ -267,6 +271,8 @@ def open_resident(
     Raises:
         DataError: the dataset was ingested anew meanwhile and the file of the old one is not here.
     """
+    from medssl.training.feed import ResidentImages
+
     folder = cache_folder(cache_dir)
     if (folder / digest).is_dir():
         return ResidentImages.open(folder / digest)
@@ -288,6 +294,8 @@ def _open_or_build(
     batches: Callable[[], Batches],
     progress: OnProgress | None,
 ) -> ResidentImages:
+    from medssl.training.feed import ResidentImages
+
     path = folder / decoding.digest(dataset)
     if not path.is_dir():
         with _locked(folder, path.name):
@@ -322,6 +330,8 @@ def _build(dataset: Dataset, decoding: Decoding, path: Path, batches: Batches, p
     """Decodes into a folder beside `path` and renames it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from medssl.training.feed import IDS_FILE, IMAGES_FILE
 
     for leftover in path.parent.glob(f"{path.name}{_BUILDING}*"):  # of a build that was killed: the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 
 from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
 from medssl.errors import StoreError
@@ -17,6 +17,7 @@ from medssl.stages.context import Context
 from medssl.stages.encode import EmbedTask, InitialiseTask, run_encoding
 from medssl.stages.evaluate import EvaluateTask, SearchTask, run_evaluations, run_search
 from medssl.stages.pretrain import run_pretrain
+from medssl.stages.progress import OnProgress
 from medssl.stages.specs import Spec
 from medssl.study import Pending, Study
 
@@ -57,9 +58,9 @@ class Runner:
         )
         for arm, seed, spec in missing:
             if spec.stage == "pretrain":
-                self._make(spec, lambda on_progress, a=arm, s=seed, p=spec: self._pretrain(a, s, p, on_progress))
+                self._make(spec, partial(self._pretrain, arm, seed, spec))
 
-    def _pretrain(self, arm: Arm, seed: int, spec: Spec, on_progress: Callable[[int, int, str], None]) -> Marker:
+    def _pretrain(self, arm: Arm, seed: int, spec: Spec, on_progress: OnProgress) -> Marker:
         study, recipe = self.study, self.study.recipe
         self._connect()
         streaming = recipe.images.feeding == "streaming"
@@ -115,9 +116,9 @@ class Runner:
                 raise StoreError(f"the features of {arm.name} vanished from the store: run the study again")
             if not study.is_finished(spec):
                 task = SearchTask(self.context, spec, arm.name, protocol.name, features.name)
-                self._make(spec, lambda on_progress, t=task: self._search(t, on_progress))
+                self._make(spec, partial(self._search, task))
 
-    def _search(self, task: SearchTask, on_progress: Callable[[int, int, str], None]) -> Marker:
+    def _search(self, task: SearchTask, on_progress: OnProgress) -> Marker:
         self._connect()
         return run_search(task, self.study.recipe.compute, on_progress)
 
@@ -146,7 +147,7 @@ class Runner:
 
     # -- common ------------------------------------------------------------------------------------------------
 
-    def _make(self, spec: Spec, build: Callable[[Callable[[int, int, str], None]], Marker]) -> None:
+    def _make(self, spec: Spec, build: Callable[[OnProgress], Marker]) -> None:
         """Makes one artifact under its lease, unless another study has made it meanwhile."""
         study = self.study
         with lease(study.store, spec.name, on_wait=self._waiting(spec.label)) as held:
@@ -158,7 +159,7 @@ class Runner:
                 study.emit(Event("end", spec.label))
             study.record(spec, marker)
 
-    def _stage(self, label: str, specs: list[Spec], work: Callable[[Callable[[int, int, str], None]], None]) -> None:
+    def _stage(self, label: str, specs: list[Spec], work: Callable[[OnProgress], None]) -> None:
         """Makes many artifacts under one lease of them all."""
         study = self.study
         name = artifact_name("many", 1, {"specs": digest_json(sorted(s.name for s in specs))}, {})
@@ -172,8 +173,11 @@ class Runner:
                 raise StoreError(f"{spec.label} left no marker in the store: run the study again")
             study.record(spec, markers[spec.name])
 
-    def _progress(self, label: str) -> Callable[[int, int, str], None]:
-        return lambda done, total, note="": self.study.emit(Event("progress", label, done, total, note))
+    def _progress(self, label: str) -> OnProgress:
+        def show(done: int, total: int, note: str = "") -> None:
+            self.study.emit(Event("progress", label, done, total, note))
+
+        return show
 
     def _waiting(self, label: str) -> Callable[[Owner], None]:
         return lambda owner: self.study.emit(Event("message", f"{label} is being made by {owner}; waiting for it"))

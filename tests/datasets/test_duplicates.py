@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from medssl.datasets.duplicates import connected, groups_of_equal, near_pairs
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+
 from medssl.datasets.pseudonyms import pseudonymise, read_key
 from medssl.datasets.rowset import build_rows
 from medssl.errors import DataError

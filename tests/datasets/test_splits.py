@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from medssl.datasets.leakage import audit_leakage, check_bags
 from medssl.datasets.splits import group_numbers, make_splits
 from medssl.errors import DataError
@@ -21,12 +22,15 @@ ROW = st.tuples(
 def split_rows(rows: list[tuple[str | None, str | None, str | None]], seed: int = 0, **options: object) -> list[str]:
     patients, bags, labels = (list(column) for column in zip(*rows, strict=True))
     names = [patient or bag or f"image{row}" for row, (patient, bag, _) in enumerate(rows)]
-    return make_splits(group_numbers(patients, bags), names, labels, [None] * len(rows), seed=seed, **options)  # type: ignore[arg-type]
+    groups = group_numbers(patients, bags)
+    return make_splits(groups, names, labels, [None] * len(rows), seed=seed, **options)  # type: ignore[arg-type]
 
 
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(ROW, min_size=1, max_size=60), seed=st.integers(0, 5))
-def test_no_patient_and_no_bag_is_on_two_sides(rows: list[tuple[str | None, str | None, str | None]], seed: int) -> None:
+def test_no_patient_and_no_bag_is_on_two_sides(
+    rows: list[tuple[str | None, str | None, str | None]], seed: int
+) -> None:
     splits = split_rows(rows, seed)
     assert set(splits) <= {"train", "val", "test"}
     assert not audit_leakage([row[0] for row in rows], [row[1] for row in rows], splits)
@@ -78,7 +82,9 @@ def test_large_groups_stay_near_the_shares() -> None:
 
 
 def test_one_row_more_moves_few_others() -> None:
-    rows: list[tuple[str | None, str | None, str | None]] = [(f"p{number}", None, "ab"[number % 2]) for number in range(600)]
+    rows: list[tuple[str | None, str | None, str | None]] = [
+        (f"p{number}", None, "ab"[number % 2]) for number in range(600)
+    ]
     before = split_rows(rows)
     after = split_rows([*rows, ("new", None, "a")])[:-1]
     assert sum(one != other for one, other in zip(before, after, strict=True)) <= 2
@@ -114,5 +120,5 @@ def test_audit_counts_and_names_the_patients() -> None:
 
 def test_a_bag_of_two_patients_is_refused() -> None:
     check_bags(["p1", None, "p1"], ["b", "b", "b"])
-    with pytest.raises(DataError, match="more than one patient .b."):
+    with pytest.raises(DataError, match=r"more than one patient \(b\)"):
         check_bags(["p1", "p2"], ["b", "b"])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from medssl.datasets.synthetic import PATTERNS, draw_lesion, write_synthetic
 from PIL import Image
+
+from medssl.datasets.synthetic import PATTERNS, draw_lesion, write_synthetic
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from medssl.datasets.folder import read_folder
 from medssl.datasets.table import TableColumns, read_table
 from medssl.errors import DataError

@@ -1,7 +1,8 @@
 """A real S3 server for tests: Ceph's RADOS gateway with one monitor and one OSD in a folder, on free ports.
 
-No root services, no systemd: three daemons that are stopped through the pid files they wrote themselves. Run by hand
-with `python tests/integration/ceph.py FOLDER` (prints the exports; stops on Ctrl-C).
+No root services, no systemd: three daemons that are stopped through the pid files they wrote themselves, by `stop`, or
+by a guard process when the process that started them is killed. Run by hand with `python tests/integration/ceph.py FOLDER`
+(prints the exports; stops on Ctrl-C).
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ osd objectstore = bluestore
 bluestore block create = true
 bluestore block size = 6442450944
 osd memory target = 939524096
+# A machine that stands still for a while must not make the only OSD doubt itself for minutes.
+osd heartbeat grace = 600
 ms bind ipv6 = false
 public addr = 127.0.0.1
 cluster addr = 127.0.0.1
@@ -73,6 +76,7 @@ class Ceph:
         self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._conf = folder / "ceph.conf"
+        self._guard: subprocess.Popen[bytes] | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -89,6 +93,10 @@ class Ceph:
         new = not self._conf.exists()
         if new:
             self._write_files()
+        if self._guard is None:
+            # It reads a pipe that nobody writes to: the end of it is the end of this process, however it came.
+            command = [sys.executable, __file__, "--guard", str(self.folder)]
+            self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._run("ceph-mon", "-i", "a", "--pid-file", self._pid_file("mon"))
         if new:
             osd = str(uuid.uuid4())
@@ -114,6 +122,9 @@ class Ceph:
         """Stops the daemons by their own pid files."""
         for name in ("rgw", "osd", "mon"):
             self._end(name, signal.SIGKILL)
+        if self._guard is not None:
+            self._guard.communicate()
+            self._guard = None
 
     def _write_files(self) -> None:
         for name in ("mon", "osd", "log", "run", "rgw"):
@@ -181,12 +192,18 @@ def _alive(pid: int) -> bool:
 
 
 def main() -> None:
-    """Runs the server until Ctrl-C."""
+    """Runs the server until Ctrl-C, or guards one."""
+    if sys.argv[1] == "--guard":
+        sys.stdin.buffer.read()
+        Ceph(Path(sys.argv[2])).stop()
+        return
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # else they end the process before sigwait sees them
     server = Ceph(Path(sys.argv[1]).resolve())
-    server.start()
     try:
+        server.start()
         print("\n".join(f"export {name}={value}" for name, value in server.environment.items()), flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        signal.sigwait(signals)
     finally:
         server.stop()
 

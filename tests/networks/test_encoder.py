@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load
+from torch import nn
+
 from medssl.errors import DataError, RecipeError
 from medssl.networks import (
     EncoderParams,
@@ -13,9 +17,6 @@ from medssl.networks import (
     load_weights,
     save_weights,
 )
-from pydantic import ValidationError
-from safetensors.torch import load
-from torch import nn
 
 SMALL = EncoderParams(image_px=32)
 

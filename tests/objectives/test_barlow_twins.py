@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from medssl.collectives import Process
-from medssl.objectives import BarlowTwins, BarlowTwinsParams, barlow_twins_loss
 from ranks import run_on_ranks
 from torch import nn
+
+from medssl.collectives import Process
+from medssl.objectives import BarlowTwins, BarlowTwinsParams, barlow_twins_loss
 
 GOLDEN = Path(os.environ.get("MEDSSL_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "golden"
 SHAPES = {"fewer rows than features": (12, 30), "more rows than features": (30, 12)}

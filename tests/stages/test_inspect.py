@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
 from medssl.datasets.synthetic import write_synthetic
 from medssl.errors import DataError
 from medssl.stages.ingest import IngestOptions, ingest
 from medssl.stages.inspect import inspect_dataset, render_text
-from PIL import Image
 
 
 @pytest.mark.ray
@@ -23,7 +24,10 @@ def test_facts_and_text(ray_session: Any, tmp_path: Path) -> None:
     shutil.copy(images / "synthetic_00001.jpg", images / "copy.jpg")
     with Image.open(images / "synthetic_00002.jpg") as image:
         image.resize((128, 128), Image.Resampling.BICUBIC).save(images / "larger.jpg", quality=95)
-    extra = ["images/copy.jpg,globular,other-1,,north,contact,female,50", "images/larger.jpg,globular,other-2,,north,contact,male,50"]
+    extra = [
+        "images/copy.jpg,globular,other-1,,north,contact,female,50",
+        "images/larger.jpg,globular,other-2,,north,contact,male,50",
+    ]
     splits = ["train"] * 40 + ["test", "test"]
     rows = [f"{row},{split}" for row, split in zip([*lines[1:], *extra], splits, strict=True)]
     table.write_text("\n".join([f"{lines[0]},split", *rows]) + "\n")

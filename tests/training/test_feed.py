@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from medssl.collectives import Process
 from medssl.errors import DataError, RecipeError
 from medssl.training.feed import ResidentFeed, ResidentImages
@@ -37,7 +38,7 @@ def test_what_is_no_resident_folder(tmp_path: Path, images: ResidentImages) -> N
     with pytest.raises(DataError, match="holds no resident images"):
         ResidentImages.open(tmp_path / "missing")
     np.save(images.path / "images.npy", np.zeros((3, 4, 5, 3), np.uint8))
-    with pytest.raises(DataError, match="is damaged.*45 ids"):
+    with pytest.raises(DataError, match=r"is damaged.*45 ids"):
         ResidentImages.open(images.path)
 
 

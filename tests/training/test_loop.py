@@ -12,6 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from ranks import exit_codes, run_on_ranks, start_ranks
+
 from medssl.checkpoint import CheckpointFolder
 from medssl.collectives import Process
 from medssl.networks import EncoderParams, build_encoder, load_weights
@@ -19,8 +22,6 @@ from medssl.store import Store, open_store
 from medssl.training.feed import ResidentFeed, ResidentImages
 from medssl.training.loop import PretrainResult, Progress, pretrain
 from medssl.training.plan import PretrainPlan
-from PIL import Image
-from ranks import results, run_on_ranks, start_ranks
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 3, 3, 12
 CPU = Process(0, 1, torch.device("cpu"))
@@ -94,7 +95,7 @@ def test_killed_rank_changes_nothing(tmp_path: Path, world: int) -> None:
     victim = (world - 1, STEPS_PER_EPOCH * 2 + 2)  # in mid-epoch, two steps after the last checkpoint
     calls = [(outputs[0].uri, {}), (outputs[1].uri, {"die_at": victim})]
     killed = start_ranks(train_twice_body, world, tmp_path / "a", str(tmp_path), calls)
-    codes = [process.wait(120) for process in killed]
+    codes = exit_codes(killed)
     assert codes[world - 1] == -signal.SIGKILL and 0 not in codes
     assert CheckpointFolder(outputs[1].sub("checkpoints")).latest() == STEPS_PER_EPOCH * 2
     assert not outputs[1].exists("encoder.safetensors")
@@ -117,10 +118,10 @@ def test_killed_between_metrics_and_mark(tmp_path: Path) -> None:
     outputs = [open_store(str(tmp_path / name), create=True) for name in ("undisturbed", "killed")]
     train(CPU, str(tmp_path), outputs[0].uri)
     ranks = start_ranks(train_body, 1, tmp_path / "ranks", str(tmp_path), outputs[1].uri, {"die_saving": 4})
-    assert ranks[0].wait(120) == -signal.SIGKILL
+    assert exit_codes(ranks) == [-signal.SIGKILL]
     assert outputs[1].exists("metrics/000000004-000000004-rank-00000.parquet")
     assert CheckpointFolder(outputs[1].sub("checkpoints")).latest() == 3
-    results(start_ranks(train_body, 1, tmp_path / "ranks", str(tmp_path), outputs[1].uri, {}), tmp_path / "ranks")
+    run_on_ranks(train_body, 1, tmp_path / "ranks", str(tmp_path), outputs[1].uri, {})
     assert_same_training(outputs[1], outputs[0], 1)
 
 

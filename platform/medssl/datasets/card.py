@@ -17,6 +17,8 @@ from medssl.datasets.shards import ShardEntry
 from medssl.datasets.splits import group_numbers
 
 CARD = "card.json"
+DIGESTED = ("image_id", "sha256", "patient_id", "bag_id", "split")
+"""Columns that the digest of the images covers."""
 FORMAT = 1
 
 
@@ -45,9 +47,7 @@ def build_card(
     Counts are of images; a multi-label image counts in each of its classes. `groups` are patients, each unknown patient
     counting as one group together with the other images of its bag.
     """
-    columns = {
-        name: index[name].to_pylist() for name in ("image_id", "sha256", "patient_id", "bag_id", "split", "labels")
-    }
+    columns = {name: index[name].to_pylist() for name in (*DIGESTED, "labels")}
     classes = sorted({label for labels in columns["labels"] for label in labels})
     present = [split for split in SPLITS if split in set(columns["split"])]
     groups = group_numbers(columns["patient_id"], columns["bag_id"])
@@ -64,7 +64,7 @@ def build_card(
         "splits": {split: columns["split"].count(split) for split in present},
         "counts": {split: _class_counts(columns, split, classes) for split in present},
         "unlabelled": {split: _count(columns, split, lambda labels: not labels) for split in present},
-        "groups": {split: len({g for g, s in zip(groups, columns["split"], strict=True) if s == split}) for split in present},
+        "groups": {split: len(_of_split(groups, columns, split)) for split in present},
         "patients": len(set(columns["patient_id"]) - {None}),
         "unknown_patients": columns["patient_id"].count(None),
         "bags": len(set(columns["bag_id"]) - {None}),
@@ -80,7 +80,7 @@ def build_card(
         "rejected_list": provenance.rejected_list,
         "columns": {field.name: str(field.type) for field in index.schema},
         "digests": {
-            "images": _digest(zip(*(columns[c] for c in ("image_id", "sha256", "patient_id", "bag_id", "split")), strict=True)),
+            "images": _digest(zip(*(columns[name] for name in DIGESTED), strict=True)),
             "labels": _digest(zip(columns["image_id"], columns["labels"], strict=True)),
         },
         "index": {"path": index_path, "rows": len(index), "sha256": index_sha256},
@@ -90,6 +90,10 @@ def build_card(
 
 def _count(columns: dict[str, list[Any]], split: str, wanted: Any) -> int:
     return sum(s == split and wanted(labels) for s, labels in zip(columns["split"], columns["labels"], strict=True))
+
+
+def _of_split(groups: Sequence[int], columns: dict[str, list[Any]], split: str) -> set[int]:
+    return {group for group, side in zip(groups, columns["split"], strict=True) if side == split}
 
 
 def _class_counts(columns: dict[str, list[Any]], split: str, classes: Sequence[str]) -> dict[str, int]:

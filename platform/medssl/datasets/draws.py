@@ -36,14 +36,14 @@ def label_draw(index: pd.DataFrame, *, labels: int | None, draw: int, split: str
         raise DataError(
             f"repeats.labels is {labels}, but split '{split}' has {len(candidates)} labelled images: lower it"
         )
-    counts = candidates["label"].value_counts().sort_index()
+    counts = {str(name): int(number) for name, number in candidates["label"].value_counts().sort_index().items()}
     if labels < len(counts):
         raise DataError(f"repeats.labels is {labels}, less than the {len(counts)} classes: raise it")
     share = _shares(counts, labels)
     chosen: list[int] = []
     for name, rows in candidates.groupby("label", sort=True):
-        order = sorted(rows.index, key=lambda row, ids=rows["image_id"]: _rank(draw, ids[row]))
-        chosen += order[: share[str(name)]]
+        ranks = sorted((_rank(draw, image_id), row) for row, image_id in rows["image_id"].items())
+        chosen += [int(str(row)) for _, row in ranks[: share[str(name)]]]
     return np.array(sorted(chosen), dtype=np.int64)
 
 
@@ -51,17 +51,14 @@ def _rank(draw: int, image_id: str) -> bytes:
     return hashlib.sha256(f"{draw}\0{image_id}".encode()).digest()
 
 
-def _shares(counts: pd.Series[int], labels: int) -> dict[str, int]:
-    exact = counts * (labels / counts.sum())
-    share = np.maximum(np.floor(exact), 1).astype(int)
-    # largest remainders first; classes raised to their one image give back from the largest class
-    for name in (exact - np.floor(exact)).sort_values(ascending=False, kind="stable").index:
-        if share.sum() >= labels:
-            break
-        if share[name] < counts[name]:
+def _shares(counts: dict[str, int], labels: int) -> dict[str, int]:
+    total = sum(counts.values())
+    exact = {name: count * labels / total for name, count in counts.items()}
+    share = {name: max(int(value), 1) for name, value in exact.items()}
+    # largest remainders first; classes raised to their one image take it from the largest share
+    for name in sorted(exact, key=lambda name: (int(exact[name]) - exact[name], name)):
+        if sum(share.values()) < labels and share[name] < counts[name]:
             share[name] += 1
-    while share.sum() > labels:
-        share[share.idxmax()] -= 1
-    while share.sum() < labels:
-        share[(counts - share).idxmax()] += 1
-    return {str(name): int(number) for name, number in share.items()}
+    while sum(share.values()) > labels:
+        share[max(share, key=lambda name: (share[name], name))] -= 1
+    return share

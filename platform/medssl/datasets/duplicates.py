@@ -1,12 +1,13 @@
 """Exact and near duplicates by hash, without comparing every pair.
 
-N hashes of 64 bits. Two that differ in at most b bits agree in at least one of b + 1 bands of neighbouring bits, so only hashes
-that share a band are compared, in numpy. Equal hashes are merged first: a thousand copies are one hash.
+N hashes of 64 bits. Two that differ in at most b bits agree in at least one of b + 1 bands of neighbouring bits, so
+only hashes that share a band are compared, in numpy. Equal hashes are merged first: a thousand copies are one hash.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ def connected(pairs: NDArray[np.int64], count: int) -> list[list[int]]:
 def _candidates(unique: NDArray[np.uint64], bits: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Position pairs (left < right) of the sorted hashes that agree in a band, a part at a time."""
     edges = np.linspace(0, HASH_BITS, bits + 2).astype(int)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         mask = np.uint64(((1 << int(high - low)) - 1) << int(low))
         band = unique & mask
         order = np.argsort(band, kind="stable")

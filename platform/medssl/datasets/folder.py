@@ -18,9 +18,9 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff"})
 def read_folder(source: str) -> pa.Table:
     """Rows of all images below a local folder or an `s3://` prefix.
 
-    The label is the folder's name, deeper folders belong to it, images beside the class folders are unlabelled. When every
-    folder on top is named like a split (train, val, test), classes are one level below. Hidden files are left out, and so
-    is everything whose name does not end as an image's does.
+    The label is the folder's name, deeper folders belong to it, images beside the class folders are unlabelled. When
+    every folder on top is named like a split (train, val, test), classes are one level below. Hidden files are left
+    out, and so is everything whose name does not end as an image's does.
 
     Raises:
         DataError: no such folder, or no images in it.

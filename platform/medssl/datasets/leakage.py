@@ -47,7 +47,8 @@ def check_bags(patients: Sequence[str | None], bags: Sequence[str | None]) -> No
     if shared:
         examples = ", ".join(shared[:_EXAMPLES])
         raise DataError(
-            f"{len(shared)} bags hold images of more than one patient ({examples}): bag ids must differ between patients"
+            f"{len(shared)} bags hold images of more than one patient ({examples}): "
+            "bag ids must differ between patients"
         )
 
 

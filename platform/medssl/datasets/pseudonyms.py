@@ -1,7 +1,8 @@
-"""Patient ids -> keyed hashes (HMAC-SHA256). Who has the key can repeat the mapping; nobody else can reverse or guess it.
+"""Patient ids -> keyed hashes (HMAC-SHA256). Who has the key can repeat the mapping; nobody else can reverse or guess
+it.
 
-The pseudonym is the first 32 hex digits (128 bits) of HMAC-SHA256(key, id in UTF-8), the same for a patient id and for a
-bag id of the same text, and the same in every dataset ingested with the key. The key is never stored.
+The pseudonym is the first 32 hex digits (128 bits) of HMAC-SHA256(key, id in UTF-8), the same for a patient id and
+for a bag id of the same text, and the same in every dataset ingested with the key. The key is never stored.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _SHORTEST_CONTAINED_ID = 4
 
 
 def read_key(file: str | Path | None = None) -> bytes:
-    """The key from `file`, else from the environment's MEDSSL_PSEUDONYM_KEY; surrounding white space does not belong to it.
+    """The key from `file`, else from the environment's MEDSSL_PSEUDONYM_KEY; surrounding white space does not belong
+    to it.
 
     Raises:
         DataError: there is no key, or it has fewer than 16 bytes.
@@ -54,12 +56,13 @@ def pseudonym(key: bytes, identifier: str) -> str:
 def pseudonymise(rows: pa.Table, key: bytes) -> tuple[pa.Table, list[str]]:
     """`rows` with identifiers replaced, and the names of the columns that were.
 
-    Replaced are: patient ids; bag ids, always (a lesion or case number identifies as well as a patient's); all image ids
-    when any of them contains its patient's or bag's id; a further text column where every value is its row's patient or
-    bag id.
+    Replaced are: patient ids; bag ids, always (a lesion or case number identifies as well as a patient's); all
+    image ids when any of them contains its patient's or bag's id; a further text column where every value is its row's
+    patient or bag id.
 
     Raises:
-        DataError: another further column contains a patient's or bag's id within longer text, which hashing cannot mend.
+        DataError: another further column contains a patient's or bag's id within longer text, which hashing cannot
+            mend.
     """
     identifiers = [
         [name for name in pair if name is not None]
@@ -82,8 +85,8 @@ def pseudonymise(rows: pa.Table, key: bytes) -> tuple[pa.Table, list[str]]:
             found = [value for value, known in zip(values, identifiers, strict=True) if _contains(value, known)]
             if found:
                 raise DataError(
-                    f"column {name!r} contains patient or bag ids in {len(found)} rows, which would undo the pseudonyms: "
-                    "drop the column"
+                    f"column {name!r} contains patient or bag ids in {len(found)} rows, which would undo the "
+                    "pseudonyms: drop the column"
                 )
     for name in replaced:
         hashed = [None if value is None else pseudonym(key, value) for value in rows[name].to_pylist()]

@@ -1,4 +1,6 @@
-"""Decoded images of a dataset's shards, a batch at a time; plain functions, for Ray tasks and for processes without Ray."""
+"""Decoded images of a dataset's shards, a batch at a time; plain functions, for Ray tasks and for processes without
+Ray.
+"""
 
 from __future__ import annotations
 

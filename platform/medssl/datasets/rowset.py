@@ -36,7 +36,8 @@ def build_rows(
 ) -> pa.Table:
     """The rows, sorted by image id: `uri`, KEY_COLUMNS, then the further columns with their types.
 
-    Without `image_ids` an image's id is its file's stem where all stems differ, else its relative path, for the whole set.
+    Without `image_ids` an image's id is its file's stem where all stems differ, else its relative path, for the whole
+    set.
 
     Raises:
         DataError: no rows, an image id that occurs twice or is empty, or an unknown split.

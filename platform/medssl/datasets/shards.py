@@ -1,6 +1,7 @@
 """One shard of a dataset: images read, checked, stripped and packed into a Parquet file named by its content.
 
-Plain functions: whoever calls them (a Ray task, a test) gives rows and a store. Memory holds a few images and one row group,
+Plain functions: whoever calls them (a Ray task, a test) gives rows and a store. Memory holds a few images and one row
+    group,
 however many images the shard has.
 """
 
@@ -79,7 +80,8 @@ def index_schema(rows: pa.Schema) -> pa.Schema:
     """Columns of the index: those of a shard without the image."""
     keys = [rows.field(name) for name in KEY_COLUMNS]
     measured = [
-        pa.field("width", pa.int32()), pa.field("height", pa.int32()), pa.field("sha256", pa.string()), pa.field("phash", pa.string()),
+        pa.field("width", pa.int32()), pa.field("height", pa.int32()),
+        pa.field("sha256", pa.string()), pa.field("phash", pa.string()),
     ]  # fmt: skip
     return pa.schema(
         [*keys, *measured, *(rows.field(name) for name in rows.names if name not in ("uri", *KEY_COLUMNS))]

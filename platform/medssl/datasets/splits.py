@@ -12,7 +12,8 @@ DEFAULT_SHARES: dict[str, float] = {"train": 0.6, "val": 0.1, "test": 0.3}
 
 
 def group_numbers(*keys: Sequence[Hashable | None]) -> list[int]:
-    """A group number per row: rows that share a value in any of the key columns are one group, None is shared with nobody.
+    """A group number per row: rows that share a value in any of the key columns are one group, None is shared with
+    nobody.
 
     With patients and bags as keys a group holds all that must stay on one side. Numbers count groups by first row.
     """
@@ -46,14 +47,14 @@ def make_splits(
 ) -> list[str]:
     """A split for every row; given ones stay, and a group with a given one follows it as a whole.
 
-    Within each class (of a group: its most frequent label) the groups are put in the order of a hash of (seed, name), and cut
-    at the shares of images; a class of as many groups as splits or more has one in each. So one row more, or one
-    label mended, moves few others. Groups without any label go to train: nothing else can use them.
+    Within each class (of a group: its most frequent label) the groups are put in the order of a hash of (seed, name),
+    and cut at the shares of images; a class of as many groups as splits or more has one in each. So one row more, or
+    one label mended, moves few others. Groups without any label go to train: nothing else can use them.
 
     Args:
         groups: group number of each row.
-        names: a name of each row that survives re-ingesting (patient, else bag, else image id); a group is called by its
-            smallest.
+        names: a name of each row that survives re-ingesting (patient, else bag, else image id); a group is called by
+            its smallest.
         labels: None is unlabelled.
         given: split of each row, None where missing.
         seed: the order is a function of it.
@@ -102,7 +103,9 @@ def _most_frequent(labels: Sequence[str | None]) -> str | None:
 
 
 def _cut(ordered: Sequence[tuple[int, int]], shares: Mapping[str, float]) -> dict[int, str]:
-    """Split by group: consecutive runs of the ordered (group, images), as near to the shares of images as groups allow."""
+    """Split by group: consecutive runs of the ordered (group, images), as near to the shares of images as groups
+    allow.
+    """
     wanted = [split for split, share in shares.items() if share > 0]
     total = sum(size for _, size in ordered)
     bounds, position, share = [], 0, 0.0

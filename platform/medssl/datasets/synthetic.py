@@ -1,10 +1,10 @@
 """Procedural lesion-like images: SYNTHETIC, drawn by a program, for trying medssl out and for tests without data.
 
-They look roughly like dermoscopy (skin tone, uneven light, hairs, one pigmented lesion) and no score on them says anything
-about patients. The four classes are named after dermoscopic patterns and differ in structure: a net of lines, scattered dots,
-a smooth interior, streaks that run outwards. Colour, size, light and pose are drawn from the same ranges for all
-classes, so colour statistics tell little and features of structure much. A patient has one lesion or two, a lesion has one
-to four images, each in another pose, zoom and light.
+They look roughly like dermoscopy (skin tone, uneven light, hairs, one pigmented lesion) and no score on them says
+anything about patients. The four classes are named after dermoscopic patterns and differ in structure: a net of
+lines, scattered dots, a smooth interior, streaks that run outwards. Colour, size, light and pose are drawn from the
+same ranges for all classes, so colour statistics tell little and features of structure much. A patient has one lesion
+or two, a lesion has one to four images, each in another pose, zoom and light.
 
 Arrays are (P, P) or (P, P, 3) with P the side in pixels; u, v are lesion coordinates (the lesion's mean radius is 1).
 """
@@ -34,8 +34,8 @@ _TWO_LESIONS = 0.12
 def write_synthetic(folder: Path, images: int = 800, seed: int = 0, px: int = 112) -> Path:
     """Draws `images` JPEG files of `px` x `px` pixels and a table into `folder`; returns the table's path.
 
-    The table has the columns image, label, patient_id, bag_id (the lesion), site, device, sex, age and no split. The same
-    seed draws the same images.
+    The table has the columns image, label, patient_id, bag_id (the lesion), site, device, sex, age and no split. The
+    same seed draws the same images.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows, shots = [], []
@@ -100,8 +100,12 @@ def draw_lesion(pattern: str, lesion_seed: int, image_seed: int, px: int = 112) 
     u, v = _pose(view, px)
     mask, depth = _shape(lesion, u, v, irregular=0.5 if pattern != "starburst" else 0.8)
     texture = _TEXTURES[pattern](lesion, u, v)
-    skin = np.array([0.86, 0.66, 0.55], np.float32) * lesion.uniform(0.75, 1.08) + lesion.normal(0, 0.02, 3).astype(np.float32)
-    pigment = np.array([0.45, 0.29, 0.21], np.float32) * lesion.uniform(0.7, 1.4) + lesion.normal(0, 0.03, 3).astype(np.float32)
+    skin = np.array([0.86, 0.66, 0.55], np.float32) * lesion.uniform(0.75, 1.08) + lesion.normal(0, 0.02, 3).astype(
+        np.float32
+    )
+    pigment = np.array([0.45, 0.29, 0.21], np.float32) * lesion.uniform(0.7, 1.4) + lesion.normal(0, 0.03, 3).astype(
+        np.float32
+    )
     strength = lesion.uniform(0.5, 0.75) + lesion.uniform(0.35, 0.5) * (texture - 0.5) + 0.12 * depth
     cover = (mask * np.clip(strength, 0.05, 1))[:, :, None]
     image = skin * (1 - cover) + pigment * cover
@@ -156,7 +160,7 @@ def _draw_hairs(view: np.random.Generator, picture: Image.Image) -> None:
         draw.line(list(zip(xs, ys, strict=True)), fill=(tone, int(tone * 0.8), int(tone * 0.7)))
 
 
-# ---------------------------------------------------------------------------------------------------- shape and patterns
+# ------------------------------------------------------------------------------------------ shape and patterns
 
 
 def _shape(lesion: np.random.Generator, u: Array, v: Array, irregular: float) -> tuple[Array, Array]:
@@ -181,7 +185,8 @@ def _reticular(lesion: np.random.Generator, u: Array, v: Array) -> Array:
     u, v = _warp(lesion, u, v, 0.12)
     cells = lesion.uniform(8, 12)
     lines = np.maximum(np.abs(np.cos(cells * u)), np.abs(np.cos(cells * v)))
-    return np.clip((lines - 0.55) / 0.45, 0, 1) * 1.25
+    net: Array = np.clip((lines - 0.55) / 0.45, 0, 1) * 1.25
+    return net
 
 
 def _globular(lesion: np.random.Generator, u: Array, v: Array) -> Array:
@@ -200,7 +205,8 @@ def _globular(lesion: np.random.Generator, u: Array, v: Array) -> Array:
 def _homogeneous(lesion: np.random.Generator, u: Array, v: Array) -> Array:
     """Slow changes of tone only."""
     u, v = _warp(lesion, u, v, 0.3)
-    return 0.5 + 0.3 * np.sin(lesion.uniform(1, 2) * u + lesion.uniform(0, 6)) * np.cos(lesion.uniform(1, 2) * v)
+    tone: Array = 0.5 + 0.3 * np.sin(lesion.uniform(1, 2) * u + lesion.uniform(0, 6)) * np.cos(lesion.uniform(1, 2) * v)
+    return tone
 
 
 def _starburst(lesion: np.random.Generator, u: Array, v: Array) -> Array:
@@ -208,8 +214,10 @@ def _starburst(lesion: np.random.Generator, u: Array, v: Array) -> Array:
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
     streaks = int(lesion.integers(11, 19))
     bend = lesion.normal(0, 0.4)
-    wave = np.cos(streaks * angle + bend * 3 * radius + lesion.uniform(0, 6) + 0.8 * np.sin(3 * angle + lesion.uniform(0, 6)))
-    return 0.5 + 0.55 * wave * np.clip(radius * 1.4 - 0.2, 0, 1)
+    wave = np.cos(
+        streaks * angle + bend * 3 * radius + lesion.uniform(0, 6) + 0.8 * np.sin(3 * angle + lesion.uniform(0, 6))
+    )
+    return (0.5 + 0.55 * wave * np.clip(radius * 1.4 - 0.2, 0, 1)).astype(np.float32)
 
 
 _TEXTURES = {

@@ -152,7 +152,9 @@ def _further(table: pa.Table, names: dict[str, str], drop: Sequence[str], source
 
 
 def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Empty text is null; dictionary-encoded columns are unpacked, so that shards do not differ by their dictionaries."""
+    """Empty text is null; dictionary-encoded columns are unpacked, so that shards do not differ by their
+    dictionaries.
+    """
     if pa.types.is_dictionary(values.type):
         values = pc.cast(values, values.type.value_type)
     if pa.types.is_null(values.type):

@@ -16,8 +16,8 @@ import ray
 from numpy.typing import NDArray
 
 from medssl.artifacts import folder, publish
-from medssl.errors import MedsslError
 from medssl.recipe import Compute, LinearProbe
+from medssl.rows import user_error
 from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import TEST, TRAIN, VALIDATION, Spec
@@ -72,20 +72,7 @@ def run_encoding(
                 running.append(remote.remote(task, compute.canonical(), handle))
             ray.get(running)
         except ray.exceptions.RayTaskError as error:
-            raise _unwrap(error) from None
-
-
-def _unwrap(error: ray.exceptions.RayTaskError) -> Exception:
-    cause = error.cause
-    if isinstance(cause, MedsslError):
-        # the class that Ray makes of the two would print the remote traceback
-        return next(kind for kind in type(cause).__mro__ if kind.__module__ == "medssl.errors")(_message(cause))
-    return error
-
-
-def _message(cause: Exception) -> str:
-    inner = getattr(cause, "cause", cause)
-    return str(inner.args[0]) if inner.args else str(inner)
+            raise user_error(error) from None
 
 
 def _encode(task: InitialiseTask | EmbedTask, compute: dict[str, Any], handle: Any) -> None:

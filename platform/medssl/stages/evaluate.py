@@ -108,7 +108,7 @@ class _Score:
         fitted = _fit(opened, arm, protocol, 0, self.task.features, seeds, point, rows)
         labels = opened.specs.labels(rows)
         metric = METRICS[protocol.search.metric]
-        return float(np.mean([metric(p.astype(np.float64), labels) for p in fitted.probabilities_SNK]))
+        return float(np.mean([metric(p.astype(np.float64), labels, None) for p in fitted.probabilities_SNK]))
 
 
 def run_evaluations(tasks: Sequence[EvaluateTask], recipe: Recipe, on_progress: OnProgress | None = None) -> None:
@@ -213,7 +213,7 @@ def _publish(
 ) -> None:  # fmt: skip
     labels = opened.specs.labels(rows)
     wide = probabilities_NK.astype(np.float64)
-    scores = {name: float(METRICS[name](wide, labels)) for name in opened.recipe.metrics}
+    scores = {name: float(METRICS[name](wide, labels, None)) for name in opened.recipe.metrics}
     application = {
         "kind": protocol.kind,
         "features": arm.features,

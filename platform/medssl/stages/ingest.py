@@ -1,9 +1,10 @@
 """ingest: a table or a folder of images -> a dataset in the store, on Ray Data.
 
-Rows are put in order of image id and cut into shards of equal row count. Each shard is one Ray Data task that reads, checks,
-strips, hashes and writes its images; the driver sees measurements only. As shards are cut by order and not by who is
-free, the same input gives the same bytes on any cluster. Shards are named by content: those that are in the store
-already are left as they are. The card goes last and replaces the old one at once; until then the old dataset is whole.
+Rows are put in order of image id and cut into shards of equal row count. Each shard is one Ray Data task that reads,
+checks, strips, hashes and writes its images; the driver sees measurements only. As shards are cut by order and not by
+who is free, the same input gives the same bytes on any cluster. Shards are named by content: those that are in the
+store already are left as they are. The card goes last and replaces the old one at once; until then the old dataset is
+whole.
 """
 
 from __future__ import annotations
@@ -88,9 +89,8 @@ class IngestResult:
         if self.leakage:
             lines.append(f"WARNING, allowed by you: {self.leakage.describe()}")
         if card["duplicates_across_splits"]:
-            lines.append(
-                f"WARNING: {card['duplicates_across_splits']:,} images are in another split as well: medssl inspect {self.uri}"
-            )
+            twice = card["duplicates_across_splits"]
+            lines.append(f"WARNING: {twice:,} images are in another split as well: medssl inspect {self.uri}")
         lines += [f"set aside: {each.uri}: {each.reason}" for each in self.rejected[:10]]
         if len(self.rejected) > 10:
             lines.append(f"... the whole list: {posixpath.join(self.uri, card['rejected_list'])}")
@@ -217,7 +217,9 @@ def _complete_splits(rows: pa.Table, options: IngestOptions) -> tuple[pa.Table, 
 def _run_shards(
     rows: pa.Table, store: Store, options: IngestOptions, on_progress: OnProgress | None
 ) -> list[ShardResult]:
-    """All shards through Ray Data, results in shard order. Stops once the limit of rejected images is certainly passed."""
+    """All shards through Ray Data, results in shard order. Stops once the limit of rejected images is certainly
+    passed.
+    """
     import ray.data
 
     quiet_ray_data()
@@ -227,7 +229,7 @@ def _run_shards(
     done = 0
     # one row per shard: Ray Data may bundle or split rows as it likes without changing a shard
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _write_shards,  # type: ignore[arg-type]  # Ray names no keyword arguments in its type
+        _write_shards,
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"store_uri": store.uri},
@@ -266,8 +268,8 @@ def _check_rejected(results: dict[int, ShardResult], total: int, done: int, limi
     examples = "; ".join(f"{each.uri}: {each.reason}" for each in rejected[:3])
     seen = f"of {total:,}" if done == total else f"of the first {done:,} (of {total:,})"
     raise TooManyRejected(
-        f"{len(rejected):,} {seen} images cannot be used, more than the limit of {limit:.1%} of all ({examples}); nothing was "
-        "published: mend the images, or raise --reject-limit",
+        f"{len(rejected):,} {seen} images cannot be used, more than the limit of {limit:.1%} of all ({examples}); "
+        "nothing was published: mend the images, or raise --reject-limit",
         rejected,
     )
 
@@ -283,7 +285,7 @@ def _from_ipc(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
 
 
-# ------------------------------------------------------------------------------------------------------------ publishing
+# ---------------------------------------------------------------------------------------------------- publishing
 
 
 def _publish(
@@ -338,7 +340,9 @@ def _rejected_csv(rejected: Sequence[Rejected], *, with_paths: bool) -> bytes:
 
 
 def _remove_unreferenced(store: Store) -> None:
-    """Deletes shards, indexes and lists that the card does not name: leftovers of an older card or of a broken ingest."""
+    """Deletes shards, indexes and lists that the card does not name: leftovers of an older card or of a broken
+    ingest.
+    """
     card = read_card(store)
     kept: set[str] = set()
     if card is not None:

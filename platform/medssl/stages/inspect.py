@@ -12,8 +12,8 @@ from medssl.datasets.duplicates import connected, groups_of_equal, near_pairs
 
 NEAR_BITS = 2
 """Perceptual hashes of the same picture, compressed or scaled anew, differ in 0 to 4 of 64 bits; so do, from about 4
-bits on, those of different pictures that look alike (on 10,015 dermoscopic images 2 bits find 64 pairs of one lesion and
-31 of two, 4 bits 110 and 333)."""
+bits on, those of different pictures that look alike (on 10,015 dermoscopic images 2 bits find 64 pairs of one lesion
+and 31 of two, 4 bits 110 and 333)."""
 _EXAMPLES = 5
 _SIZE_NAMES = 12
 
@@ -21,17 +21,16 @@ _SIZE_NAMES = 12
 def inspect_dataset(uri: str, *, near_bits: int = NEAR_BITS) -> dict[str, Any]:
     """Facts of the dataset at `uri` as plain JSON values.
 
-    Keys: `uri`; `card` (without its list of shards); `classes` (images by split and class, `unlabelled` by split); `bags` and
-    `patients` (how many there are of each size); `sizes` (most frequent widths x heights); `duplicates` with `exact`
-    (same stored bytes) and `near` (perceptual hashes within `near_bits`), each with the number of groups and images, how many
-    groups lie across splits, patients or labels, and examples.
+    Keys: `uri`; `card` (without its list of shards); `shards`; `classes` (images by split and class), `unlabelled` (by
+    split); `bags` and `patients` (how many there are of each size); `sizes` (most frequent widths x heights);
+    `duplicates` with `exact` (same stored bytes) and `near` (perceptual hashes within `near_bits`), each with the
+    number of groups and images, how many groups lie across splits, patients or labels, and examples.
 
     Raises:
         DataError: there is no dataset at `uri`.
     """
     dataset = open_dataset(uri)
     index = dataset.index()
-    sizes = index.groupby(["width", "height"]).size().sort_values(ascending=False, kind="stable")
     near = connected(near_pairs(index["phash"].tolist(), near_bits), len(index))
     return {
         "uri": dataset.uri,
@@ -41,7 +40,7 @@ def inspect_dataset(uri: str, *, near_bits: int = NEAR_BITS) -> dict[str, Any]:
         "unlabelled": dataset.card["unlabelled"],
         "bags": _histogram(index["bag_id"]),
         "patients": _histogram(index["patient_id"]),
-        "sizes": {f"{width} x {height}": int(n) for (width, height), n in sizes.head(_SIZE_NAMES).items()},
+        "sizes": _sizes(index),
         "duplicates": {
             "exact": _describe(groups_of_equal(index["sha256"].tolist()), index),
             "near": {"bits": near_bits, **_describe(near, index)},
@@ -55,8 +54,16 @@ def _histogram(ids: pd.Series[Any]) -> dict[str, int]:
     return {str(size): int(number) for size, number in sizes.value_counts().sort_index().items()}
 
 
+def _sizes(index: pd.DataFrame) -> dict[str, int]:
+    """The most frequent image sizes."""
+    sizes = index["width"].astype(str) + " x " + index["height"].astype(str)
+    return {str(size): int(number) for size, number in sizes.value_counts().head(_SIZE_NAMES).items()}
+
+
 def _describe(groups: Sequence[Sequence[int]], index: pd.DataFrame) -> dict[str, Any]:
-    columns = {name: index[name].astype(object).where(index[name].notna(), None) for name in ("split", "patient_id", "label")}
+    columns = {
+        name: index[name].astype(object).where(index[name].notna(), None) for name in ("split", "patient_id", "label")
+    }
 
     def differ(group: Sequence[int], name: str) -> bool:
         return len({columns[name].iat[row] for row in group} - {None}) > 1
@@ -74,8 +81,9 @@ def _describe(groups: Sequence[Sequence[int]], index: pd.DataFrame) -> dict[str,
 
 
 def _name(index: pd.DataFrame, row: int) -> str:
-    label = index["label"].iat[row]
-    return f"{index['image_id'].iat[row]} ({index['split'].iat[row]}{'' if pd.isna(label) else f', {label}'})"
+    place = index.loc[row, ["image_id", "split", "label"]].to_dict()
+    image_id, split, label = place["image_id"], place["split"], place["label"]
+    return f"{image_id} ({split}, {label})" if isinstance(label, str) else f"{image_id} ({split})"
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
@@ -104,7 +112,10 @@ def render_text(facts: dict[str, Any]) -> str:
     lines += ["", *_duplicate_lines("exact duplicates", facts["duplicates"]["exact"])]
     near = facts["duplicates"]["near"]
     lines += _duplicate_lines(f"near duplicates (perceptual hash within {near['bits']} of 64 bits)", near)
-    lines += ["", f"digest of the images {card['digests']['images'][:16]}, of the labels {card['digests']['labels'][:16]}"]
+    lines += [
+        "",
+        f"digest of the images {card['digests']['images'][:16]}, of the labels {card['digests']['labels'][:16]}",
+    ]
     return "\n".join(lines)
 
 
@@ -112,7 +123,8 @@ def _splits_line(card: dict[str, Any]) -> str:
     made = "given by the user" if card["split_seed"] is None else f"made at ingest from seed {card['split_seed']}"
     leak = card["leakage"]
     if leak["allowed"]:
-        return f"splits: {made}; LEAKAGE allowed: {leak['patients']} patients and {leak['bags']} bags in more than one split"
+        found = f"{leak['patients']} patients and {leak['bags']} bags in more than one split"
+        return f"splits: {made}; LEAKAGE allowed: {found}"
     return f"splits: {made}; no patient and no bag in more than one"
 
 
@@ -140,7 +152,7 @@ def _duplicate_lines(title: str, found: dict[str, Any]) -> list[str]:
     if not found["groups"]:
         return [f"{title}: none"]
     head = (
-        f"{title}: {found['groups']:,} groups of {found['images']:,} images; {found['across_splits']:,} groups lie across "
-        f"splits, {found['across_patients']:,} across patients, {found['across_labels']:,} across labels"
+        f"{title}: {found['groups']:,} groups of {found['images']:,} images; {found['across_splits']:,} groups lie "
+        f"across splits, {found['across_patients']:,} across patients, {found['across_labels']:,} across labels"
     )
     return [head, *("  " + ", ".join(names) for names in found["examples"])]

@@ -31,6 +31,8 @@ from medssl.store import Store, open_store
 from medssl.training.plan import PretrainPlan
 
 _FAILURE_NOTE = "failure.json"
+_RESULT = "encoder.safetensors"
+"""What later stages depend on; curves and events beside it hold rates and times, which are no content."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def run_pretrain(
         raise NonFiniteLoss(_explain_non_finite(spec, plan, outcome))
     marker = publish(
         store, spec.name, stage=spec.stage, version=spec.version, config=spec.config, inputs=spec.inputs,
-        present=outcome["files"], facts=outcome["facts"],
+        present={_RESULT: outcome["files"][_RESULT]}, facts=outcome["facts"],
     )  # fmt: skip
     output.delete_prefix("checkpoints/")  # finished: the encoder is the result
     return marker
@@ -173,7 +175,7 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
     from ray import train
 
     from medssl import collectives
-    from medssl.training.feed import ResidentFeed
+    from medssl.training.feed import Feed, ResidentFeed
     from medssl.training.loop import pretrain
 
     compute = Compute(**job.compute)
@@ -181,6 +183,7 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
     device = train.torch.get_device()
     process = collectives.current_process(device)
     plan = PretrainPlan.model_validate(job.plan)
+    feed: Feed
     if job.resident is not None:
         feed = ResidentFeed(open_resident(**job.resident), job.rows, plan.batch_size, plan.seed, process)
     else:

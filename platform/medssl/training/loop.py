@@ -92,6 +92,8 @@ class _Run:
     on_progress: Callable[[Progress], None] | None
     first_bad: Tensor
     """First step whose loss or gradient was not finite, on the device; 0 while there is none."""
+    resumed_at_step: int = 0
+    """Steps that were done already when this process began."""
     done: int = 0
     last_checkpoint_step: int | None = None
     features_BE: Tensor | None = None
@@ -148,7 +150,7 @@ def pretrain(
 
 def _continue_from_checkpoint(run: _Run) -> None:
     latest = (run.checkpoints.latest() or 0) if run.process.is_main else 0
-    run.done = agree_largest(latest, run.process.device)
+    run.done = run.resumed_at_step = agree_largest(latest, run.process.device)
     if run.done:
         run.stepper.restore(*run.checkpoints.load(run.done))
         run.last_checkpoint_step = run.done
@@ -286,7 +288,7 @@ def _write_results(run: _Run) -> tuple[dict[str, str], dict[str, Any]]:
         run.output.write(name, data)
     files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     files[SHEET_FILE] = hashlib.sha256(run.output.read(SHEET_FILE)).hexdigest()
-    return files, summarise(history, run.feed.batch_size)
+    return files, summarise(history, run.feed.batch_size) | {"resumed_at_step": run.resumed_at_step}
 
 
 def summarise(history: pa.Table, batch_size: int) -> dict[str, Any]:

@@ -1,0 +1,217 @@
+"""Trials on Ray Tune: independent tasks fanned out, each in a worker process that the next one takes over.
+
+Tune keeps its own state in the store while it runs, through the retrying filesystem; it is deleted at the end.
+Results go into the store, not into Tune's metrics.
+
+Tune would replay any exception. Only lost processes and lost storage are worth that, so a trial turns every other failure
+into a report, which stops the run at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray import tune
+
+from medssl.errors import MedsslError, StoreError
+from medssl.filesystem import retrying_filesystem
+from medssl.recipe import Compute
+from medssl.stages.progress import OnProgress
+from medssl.store import Store
+
+Task = TypeVar("Task")
+
+
+def fan_out(
+    function: Callable[[Task], object],
+    tasks: Sequence[Task],
+    *,
+    compute: Compute,
+    store: Store | None = None,
+    weights: Sequence[float] | None = None,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Calls `function` on every task, each in a Tune trial; what it makes it leaves in the store itself.
+
+    Trials of one worker process follow each other, so what a task opened and cached is there for the next. A lost process
+    is replaced and its task done again, up to `compute.max_failures` times.
+
+    Args:
+        store: where Tune keeps its state while it runs; needed on more than one node. None takes a temporary folder.
+        weights: cost of each task, for progress; default 1.
+
+    Raises:
+        MedsslError: a task failed; its reason in one line. Tasks that had not begun are not begun.
+    """
+    if not tasks:
+        return
+    costs = [1.0] * len(tasks) if weights is None else list(weights)
+
+    def run(config: dict[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
+        function(tasks[config["task"]])
+        return {}
+
+    trainable = tune.with_parameters(guarded(run, compute.trial_cpus), tasks=list(tasks))
+    watch = Watch(on_progress, lambda config: costs[config["task"]], sum(costs), len(tasks))
+    config = tune.TuneConfig(max_concurrent_trials=concurrent_trials(compute), reuse_actors=True, **short_names())
+    run_trials(trainable, {"task": tune.grid_search(list(range(len(tasks))))}, config, compute, store, "tasks", watch)
+
+
+def guarded(run: Callable[..., dict[str, Any]], cpus: int) -> Callable[..., None]:
+    """A Tune function that reports what `run` returns, or the reason for which it failed."""
+
+    def trial(config: dict[str, Any], **parameters: Any) -> None:
+        import torch
+
+        torch.set_num_threads(cpus)
+        try:
+            tune.report({"error": None, **run(config, **parameters)})
+        except (StoreError, ray.exceptions.RayError):
+            raise  # lost storage, lost processes: Tune starts the trial anew
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            reason = text[0] if isinstance(error, MedsslError) else f"{type(error).__name__}: {text[0]}"
+            tune.report({"error": reason, "score": 0.0})
+
+    return trial
+
+
+class Watch(tune.Callback):  # type: ignore[misc]
+    """Adds up what finished, and keeps the first failure. Pickled as an empty one: it lives in the driver alone."""
+
+    def __init__(
+        self,
+        on_progress: OnProgress | None = None,
+        cost: Callable[[dict[str, Any]], float] | None = None,
+        total: float = 0.0,
+        trials: int = 0,
+    ) -> None:
+        self.on_progress, self.cost, self.total, self.trials = on_progress, cost, total, trials
+        self.error: str | None = None
+        self.done, self.finished = 0.0, 0
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        return Watch, ()
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Shows the empty bar."""
+        self._show()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Counts a trial."""
+        self.done += self.cost(trial.config) if self.cost else 0.0
+        self.finished += 1
+        self._show()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """Notes the reason of a trial that failed."""
+        self.error = self.error or result.get("error")
+
+    def _show(self) -> None:
+        if self.on_progress is not None and self.trials:
+            self.on_progress(round(self.done), round(self.total), f"{self.finished} of {self.trials} trials")
+
+
+class _StopOnFailure(tune.Stopper):  # type: ignore[misc]
+    """Ends the whole run when a trial has reported a failure."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self.failed = self.failed or result.get("error") is not None
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether to end."""
+        return self.failed
+
+
+def run_trials(
+    trainable: Any, space: dict[str, Any] | None, config: Any, compute: Compute, store: Store | None, name: str, watch: Watch
+) -> list[dict[str, Any]]:
+    """Runs a Tuner and returns the configuration of each trial."""
+    resources = {"cpu": compute.trial_cpus, **({"gpu": compute.gpus_per_worker} if compute.gpus_per_worker else {})}
+    run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # never the name of an earlier try: Tune would take up its state
+    with _storage(store, run_name) as (filesystem, root), _quiet():
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, resources),
+            param_space=space,
+            tune_config=config,
+            run_config=tune.RunConfig(
+                name=run_name, storage_path=root, storage_filesystem=filesystem, verbose=0, callbacks=[watch],
+                stop=_StopOnFailure(), failure_config=tune.FailureConfig(max_failures=compute.max_failures),
+            ),
+        )  # fmt: skip
+        results = tuner.fit()
+    if watch.error is not None:
+        raise MedsslError(f"{name}: {watch.error}")
+    if results.errors:
+        lines = str(results.errors[0]).strip().splitlines() or ["a trial was lost"]
+        raise MedsslError(f"{name}: {len(results.errors)} trials were given up after {compute.max_failures} tries: {lines[-1]}")
+    return [dict(results[i].config or {}) for i in range(len(results))]
+
+
+@contextmanager
+def _storage(store: Store | None, run_name: str) -> Iterator[tuple[Any, str]]:
+    """Filesystem and path for Tune's state, deleted at the end."""
+    if store is None:
+        with tempfile.TemporaryDirectory(prefix="medssl-tune-") as folder:
+            yield retrying_filesystem(Path(folder).as_uri())
+        return
+    try:
+        yield retrying_filesystem(store.uri_of("tune"))
+    finally:
+        store.delete_prefix(f"tune/{run_name}/")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Tune's tables on the terminal and the three log files that it adds to each trial by itself.
+
+    Nor does Tune take Ctrl-C for itself: it would end the run and return as if all were done.
+    """
+    settings = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    os.environ.update(settings)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def concurrent_trials(compute: Compute) -> int:
+    """Trials at once: as the recipe says, or what the cores hold beside those kept for reading."""
+    if compute.concurrent_trials is not None:
+        return compute.concurrent_trials
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    return max(1, (cpus - 2) // compute.trial_cpus)
+
+
+def short_names() -> dict[str, Any]:
+    """Trials named by their number: Tune's own names hold every parameter."""
+    return {"trial_name_creator": _trial_name, "trial_dirname_creator": _trial_name}
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.trial_id)

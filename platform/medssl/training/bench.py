@@ -1,0 +1,73 @@
+"""Speed of feeding and of a training step on this machine, measured as training does them. No Ray.
+
+Shapes: B images of this rank, H, W, C stored images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medssl.collectives import Process
+from medssl.training.feed import Feed
+from medssl.training.plan import PretrainPlan
+from medssl.training.step import Stepper
+
+
+@dataclass(frozen=True)
+class StepSpeed:
+    """Speed of training on one process."""
+
+    images_per_second: float
+    """Through the whole step: views, network, loss, update."""
+    views_per_second: float
+    """Images per second through the making of both views alone."""
+    steps: int
+    seconds: float
+    """Seconds that `steps` whole steps took."""
+
+
+def _endless(feed: Feed) -> Iterator[Tensor]:
+    for epoch in itertools.count():
+        for images_BHWC, _ in feed.batches(epoch):
+            yield images_BHWC
+
+
+def _seconds(process: Process, steps: int, body: Callable[[int], object]) -> float:
+    """Seconds for `body(step)` over `steps` steps, the device's queue emptied before and after."""
+    if process.device.type == "cuda":
+        torch.cuda.synchronize(process.device)
+    started = time.perf_counter()
+    for step in range(steps):
+        body(step)
+    if process.device.type == "cuda":
+        torch.cuda.synchronize(process.device)
+    return time.perf_counter() - started
+
+
+def measure_feed(feed: Feed, batches: int = 50) -> float:
+    """Images per second of this rank's feed with nobody training."""
+    source = _endless(feed)
+    first = next(source)
+    started = time.perf_counter()
+    for _ in range(batches):
+        next(source)
+    return batches * len(first) / (time.perf_counter() - started)
+
+
+def measure_step(plan: PretrainPlan, feed: Feed, process: Process, *, steps: int = 5, warmup: int = 2) -> StepSpeed:
+    """Trains `warmup` + `steps` steps of `plan` on one process and measures the latter."""
+    stepper = Stepper(plan, process, max(feed.steps_per_epoch, warmup + steps))
+    source = _endless(feed)
+    for done in range(warmup):
+        stepper.step(next(source), done)
+    seconds = _seconds(process, steps, lambda step: stepper.step(next(source), warmup + step))
+    batch_BHWC = next(source)
+    views_seconds = _seconds(process, steps, lambda step: stepper.make_views(batch_BHWC, step))
+    images = steps * len(batch_BHWC)
+    return StepSpeed(images / seconds, images / views_seconds, steps, seconds)

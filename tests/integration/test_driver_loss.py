@@ -1,0 +1,131 @@
+"""kill -9 of the driver, then `run` again: it goes on, does nothing twice, and none of its processes is left."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from medssl.artifacts import finished
+from medssl.store import Store, open_store
+
+pytestmark = pytest.mark.ray
+
+
+def wait(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running Ray cluster that is not the run's own; its address."""
+    folder = Path("/tmp") / f"medssl-ray-{os.getpid()}"
+    ray = str(Path(sys.executable).with_name("ray"))
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--port=0", "--num-cpus=6", "--include-dashboard=false", f"--temp-dir={folder}", "--block"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=tiny.environment(),
+    )  # fmt: skip
+    try:
+        assert head.stdout is not None
+        printed = ""
+        for line in head.stdout:
+            printed += line
+            found = re.search(r"--address='([\d.]+:\d+)'", line)
+            if found:
+                yield found.group(1)
+                break
+        else:
+            pytest.fail(f"no Ray came up:\n{printed}")
+    finally:
+        members = family(head.pid)
+        head.kill()
+        for process in members:
+            process.kill()
+        psutil.wait_procs(members, timeout=20)
+
+
+def training_workers(address: str | None, driver: int) -> list[psutil.Process]:
+    """Workers of the run: below the driver with a Ray of its own, anywhere on the machine when attached."""
+    found = psutil.process_iter() if address else iter(family(driver))
+    workers = []
+    for process in found:
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                workers.append(process)
+        except psutil.Error:
+            continue
+    return workers
+
+
+def marked_steps(store: Store) -> list[int]:
+    keys = [e.key for e in store.list("artifacts/") if "/checkpoints/step-" in e.key and e.key.endswith(".json")]
+    return [int(key.rpartition("step-")[2].removesuffix(".json")) for key in keys]
+
+
+def losses(store: Store) -> list[tuple[int, int, float]]:
+    name = next(n for n in finished(store) if n.startswith("pretrain-"))
+    frame = pq.read_table(io.BytesIO(store.read(f"artifacts/{name}/history.parquet"))).to_pandas()
+    return sorted(zip(frame["rank"], frame["step"], frame["loss"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("driver")
+    tiny.ingest(folder / "drawn", str(folder / "lesions"))
+    fields = tiny.pretraining_only(dataset=str(folder / "lesions"))
+    fields["arms"] = [{"name": "random"}, fields["arms"][0] | {"epochs": 8}]
+    return tiny.write(folder / "study.yaml", fields)
+
+
+@pytest.fixture(scope="module")
+def calm(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    folder = tmp_path_factory.mktemp("calm")
+    tiny.medssl("run", str(recipe), "--store", str(folder))
+    return open_store(str(folder))
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["own-ray", "attached"])
+def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: bool, request: pytest.FixtureRequest) -> None:
+    address = request.getfixturevalue("cluster") if attached else None
+    arguments = ["run", str(recipe), "--store", str(tmp_path / "store"), *(["--address", address] if address else [])]
+    store = open_store(str(tmp_path / "store"), create=True)
+    driver = subprocess.Popen(
+        tiny.command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tiny.environment()
+    )
+    wait(lambda: any(step >= 4 for step in marked_steps(store)), "a checkpoint")
+    ours = family(driver.pid) + training_workers(address, driver.pid)
+    assert any("RayTrainWorker" in " ".join(p.cmdline()) for p in alive(ours))
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+
+    before = {e.key: store.read(e.key) for e in store.list("markers/")}
+    assert any("initialise-" in key for key in before) and not any("pretrain-" in key for key in before)
+    again = tiny.medssl(*arguments)
+    assert "pretrain" in again.stderr and "initialise" not in again.stderr
+    assert {key: store.read(key) for key in before} == before
+    assert losses(store) == losses(calm)
+    assert not training_workers(address, os.getpid())
+    assert finished(store) == finished(calm)

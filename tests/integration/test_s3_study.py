@@ -1,0 +1,137 @@
+"""Studies on a real S3 server: two runs at once, faults and an outage in mid-run, secrets, and wrong settings."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from medssl.artifacts import finished, read_marker
+from medssl.store import Store, open_store
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+
+
+def wait(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def lesions(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of the dataset in the S3 server."""
+    uri = f"s3://lesions-{uuid.uuid4().hex[:8]}/datasets/lesions"
+    open_store(uri, create=True)
+    tiny.ingest(tmp_path_factory.mktemp("s3"), uri)
+    return uri
+
+
+@pytest.fixture(scope="module")
+def calm(lesions: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store]:
+    """The recipe and an undisturbed run of it, in a bucket of its own."""
+    fields = tiny.pretraining_only(dataset=lesions)
+    fields["arms"] = [fields["arms"][0] | {"epochs": 8}]
+    path = tiny.write(tmp_path_factory.mktemp("calm") / "study.yaml", fields)
+    store = open_store(f"s3://calm-{uuid.uuid4().hex[:8]}/store", create=True)
+    tiny.medssl("run", str(path), "--store", store.uri)
+    return path, store
+
+
+def losses(store: Store) -> list[tuple[int, int, float]]:
+    frame = pq.read_table(io.BytesIO(store.read(f"artifacts/{pretraining(store)}/history.parquet"))).to_pandas()
+    return sorted(zip(frame["rank"], frame["step"], frame["loss"], strict=True))
+
+
+def pretraining(store: Store) -> str:
+    return next(n for n in finished(store) if n.startswith("pretrain-"))
+
+
+def test_two_runs_at_once_make_one_result(calm: tuple[Path, Store]) -> None:
+    path, expected = calm
+    store = open_store(f"s3://both-{uuid.uuid4().hex[:8]}/store", create=True)
+    command = tiny.command("run", str(path), "--store", store.uri, "--json")
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tiny.environment()) for _ in range(2)
+    ]
+    ends = [run.communicate(timeout=600) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ends
+    waited = [errors for _, errors in ends if "is being run by" in errors]
+    assert len(waited) == 1 and "nothing to do" in waited[0]
+    assert ends[0][0] == ends[1][0]
+    assert finished(store) == finished(expected) and losses(store) == losses(expected)
+
+
+def test_faults_and_an_outage_leave_the_result_and_the_training_alone(
+    calm: tuple[Path, Store], s3_server: Any, fault_proxy: Any
+) -> None:
+    """503s and cut bodies all along, and 20 s without any store while the workers train."""
+    path, expected = calm
+    store = open_store(f"s3://faults-{uuid.uuid4().hex[:8]}/store", create=True)
+    fault_proxy.rates = {"503": 0.05, "cut": 0.05}
+    run = subprocess.Popen(
+        tiny.command("run", str(path), "--store", store.uri),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=tiny.environment(),
+    )  # fmt: skip
+    wait(lambda: any("/checkpoints/step-" in e.key for e in store.list("artifacts/")), "a checkpoint")
+    with fault_proxy.outage():
+        time.sleep(20)  # the fault itself: a store that is away for 20 seconds
+    printed, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, printed
+    assert finished(store) == finished(expected) and losses(store) == losses(expected)
+    marker = read_marker(store, pretraining(store))
+    assert marker is not None and marker.facts["resumed_at_step"] == 0, "the training was started anew"
+
+
+def test_a_secret_is_found_nowhere(lesions: str, s3_server: Any, tmp_path: Path) -> None:
+    """Neither in the bucket, nor in Ray's folders, the output or the files of the run."""
+    fields = tiny.pretraining_only(dataset=lesions)
+    path = tiny.write(tmp_path / "study.yaml", fields)
+    store = open_store(f"s3://canary-{uuid.uuid4().hex[:8]}/store", create=True)
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    before = {p.name for p in Path("/tmp/ray").glob("session_*")} if Path("/tmp/ray").is_dir() else set()
+    done = tiny.medssl("run", str(path), "--store", store.uri)
+    failed = tiny.medssl("run", str(path), "--store", "s3://no-such-bucket-at-all/x", check=False)
+    assert failed.returncode == 2
+    assert secret not in done.stdout + done.stderr + failed.stdout + failed.stderr
+    for entry in store.list(""):
+        assert secret.encode() not in store.read(entry.key), entry.key
+    sessions = [p for p in Path("/tmp/ray").glob("session_*") if p.name not in before and not p.is_symlink()]
+    assert sessions, "the run started no Ray of its own"
+    for session in sessions:
+        for file in session.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                assert secret.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("environment", "uri", "words"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, None, ["secret"]),
+        ({"AWS_ACCESS_KEY_ID": "NOBODY"}, None, ["key"]),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "MEDSSL_STORE_DEADLINE_SECONDS": "2"}, None, ["127.0.0.1:9"]),
+        ({}, "s3://no-such-bucket-at-all/x", ["no-such-bucket-at-all"]),
+        ({}, "s4://bucket/x", ["s4", "s3"]),
+    ],
+    ids=["secret", "key", "endpoint", "bucket", "scheme"],
+)  # fmt: skip
+def test_wrong_settings_are_one_clear_line(
+    calm: tuple[Path, Store], environment: dict[str, str], uri: str | None, words: list[str]
+) -> None:
+    path, store = calm
+    done = tiny.medssl("run", str(path), "--store", uri or store.uri, check=False, **environment)
+    assert done.returncode not in (0, 1)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in lines[0]

@@ -1,0 +1,128 @@
+"""kill -9 of a training worker: training goes on by itself, and every step's loss on every rank is the undisturbed run's."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from medssl.artifacts import finished
+from medssl.errors import NonFiniteLoss
+from medssl.recipe_file import load
+from medssl.runner import Runner
+from medssl.store import Store, open_store
+from medssl.study import Study
+
+pytestmark = pytest.mark.ray
+
+EPOCHS = 8
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("loss")
+    tiny.ingest(folder / "drawn", str(folder / "lesions"))
+    return str(folder / "lesions")
+
+
+def recipe(dataset: str, workers: int, **changes: Any) -> dict[str, Any]:
+    fields = tiny.pretraining_only(dataset=dataset, compute={"workers": workers, "checkpoint_every_steps": 2})
+    fields["arms"] = [fields["arms"][0] | {"epochs": EPOCHS} | changes]
+    return fields
+
+
+def pretrain(fields: dict[str, Any], store: Store) -> None:
+    """The encoders of the study, in the session's Ray."""
+    with ExitStack() as stack:
+        Runner(Study(load(fields), store), stack, None).encoders()
+
+
+def history(store: Store) -> pd.DataFrame:
+    name = next(n for n in finished(store) if n.startswith("pretrain-"))
+    frame = pq.read_table(io.BytesIO(store.read(f"artifacts/{name}/history.parquet"))).to_pandas()
+    return frame.sort_values(["step", "rank"]).reset_index(drop=True)
+
+
+def training_workers() -> list[psutil.Process]:
+    """Ray Train's worker processes below this one."""
+    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def checkpoint_steps(store: Store) -> list[int]:
+    keys = [e.key for e in store.list("artifacts/") if "/checkpoints/step-" in e.key and e.key.endswith(".json")]
+    return sorted(int(key.rpartition("step-")[2].removesuffix(".json")) for key in keys)
+
+
+def once(condition: Callable[[], bool], action: Callable[[], None], seconds: float = 120) -> threading.Thread:
+    """A thread that acts as soon as the condition holds."""
+
+    def watch() -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if condition():
+                action()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_losses_equal_the_undisturbed_run(ray_session: None, dataset: str, tmp_path: Path, workers: int) -> None:
+    fields = recipe(dataset, workers)
+    calm, disturbed = (open_store(str(tmp_path / name), create=True) for name in ("calm", "disturbed"))
+    pretrain(fields, calm)
+
+    killed: list[int] = []
+
+    def kill() -> None:
+        worker = training_workers()[-1]
+        worker.kill()
+        killed.append(worker.pid)
+
+    watcher = once(lambda: any(step >= 4 for step in checkpoint_steps(disturbed)), kill)
+    pretrain(fields, disturbed)
+    watcher.join()
+    assert killed, "the training ended before a worker was killed: raise EPOCHS"
+
+    expected, found = history(calm), history(disturbed)
+    assert (found.groupby(["rank", "step"]).size() == 1).all()
+    assert set(found["rank"]) == set(range(workers))
+    for column in ("rank", "step", "loss"):
+        assert found[column].tolist() == expected[column].tolist(), column
+    encoders = [s.read(f"artifacts/{next(n for n in finished(s))}/encoder.safetensors") for s in (calm, disturbed)]
+    assert encoders[0] == encoders[1]
+
+
+def test_a_loss_that_is_not_finite_stops_once_and_leaves_no_bad_checkpoint(
+    ray_session: None, dataset: str, tmp_path: Path
+) -> None:
+    """A learning rate that blows up within a few steps: no retry, the step named, only finite checkpoints kept."""
+    from safetensors.numpy import load as load_tensors
+
+    store = open_store(str(tmp_path / "store"), create=True)
+    optimiser = {"name": "sgd", "learning_rate": 1e12, "momentum": 0.0}
+    fields = recipe(dataset, 2, optimiser=optimiser, schedule={"name": "constant"})
+    with pytest.raises(NonFiniteLoss) as caught:
+        pretrain(fields, store)
+    message = str(caught.value)
+    assert "not finite at step" in message and "learning rate 1e+12" in message and "checkpoint" in message
+    assert "\n" not in message
+    assert not [n for n in finished(store) if n.startswith("pretrain-")]
+    for entry in store.list("artifacts/"):
+        if entry.key.endswith("weights.safetensors"):
+            import numpy as np
+
+            assert all(np.isfinite(t).all() for t in load_tensors(store.read(entry.key)).values())
