@@ -61,9 +61,8 @@ def test_two_runs_at_once_make_one_result(calm: tuple[Path, Store]) -> None:
     path, expected = calm
     store = open_store(f"s3://both-{uuid.uuid4().hex[:8]}/store", create=True)
     command = tiny.command("run", str(path), "--store", store.uri, "--json")
-    runs = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tiny.environment()) for _ in range(2)
-    ]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(command, env=tiny.environment(), **pipes) for _ in range(2)]
     ends = [run.communicate(timeout=600) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], ends
     waited = [errors for _, errors in ends if "is being run by" in errors]

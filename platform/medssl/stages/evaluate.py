@@ -29,6 +29,7 @@ from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress
 from medssl.stages.search import fan_out, search
 from medssl.stages.specs import TEST, VALIDATION, Spec
+from medssl.store import open_store
 
 _WRITERS = 8
 
@@ -120,8 +121,9 @@ def run_evaluations(tasks: Sequence[EvaluateTask], recipe: Recipe, on_progress: 
         for t in tasks
         for part in _parts(_named(recipe, t.arm, t.protocol)[1], t.specs)
     ]
-    fan_out(evaluate, split, compute=recipe.compute, weights=[max(1, sum(s.images for s in t.specs.values())) for t in split],
-            on_progress=on_progress)  # fmt: skip
+    weights = [max(1, sum(s.images for s in t.specs.values())) for t in split]
+    store = open_store(tasks[0].context.store_uri)
+    fan_out(evaluate, split, compute=recipe.compute, store=store, weights=weights, on_progress=on_progress)
 
 
 def _parts(protocol: Protocol, specs: Mapping[int, Spec]) -> list[Mapping[int, Spec]]:
