@@ -11,6 +11,7 @@ from torch import nn
 
 from medssl import collectives
 from medssl.collectives import Process, SyncBatchNorm, all_gather, all_reduce, convert_batch_norm
+from medssl.errors import RecipeError
 
 
 def _values(rank: int, rows: int = 3) -> torch.Tensor:
@@ -140,12 +141,23 @@ def test_convert_keeps_parameters_and_names() -> None:
     assert sum(isinstance(m, SyncBatchNorm) for m in converted.modules()) == 2
 
 
-def test_convert_refuses_fused_norms() -> None:
-    class Fused(nn.BatchNorm2d):
+def test_convert_knows_timms_norms_with_activation() -> None:
+    from timm.layers import BatchNormAct2d
+
+    plain, fused = BatchNormAct2d(5).double(), BatchNormAct2d(5).double()
+    names = list(fused.state_dict())
+    converted = convert_batch_norm(nn.Sequential(fused))[0]
+    assert isinstance(converted, SyncBatchNorm) and list(converted.state_dict()) == names
+    x = _norm_input("2d", 4)
+    assert torch.equal(converted(x), plain(x)) and bool((converted(x) >= 0).all())
+
+
+def test_convert_refuses_unknown_norms() -> None:
+    class Strange(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(NotImplementedError, match="Fused"):
-        convert_batch_norm(nn.Sequential(Fused(3)))
+    with pytest.raises(RecipeError, match="batch norm of kind Strange cannot be synchronised"):
+        convert_batch_norm(nn.Sequential(Strange(3)))
 
 
 def test_evaluation_uses_the_running_statistics() -> None:

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medssl.errors import RecipeError
+
 
 @dataclass(frozen=True)
 class Process:
@@ -274,15 +276,26 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_((variance_C * (count / (count - 1))).to(self.running_var.dtype), momentum)
 
 
+class _SyncBatchNormAct(SyncBatchNorm):
+    """timm's batch norm with its activation in one layer."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        activated: Tensor = self.act(self.drop(super().forward(input)))
+        return activated
+
+
 def convert_batch_norm(module: nn.Module) -> nn.Module:
     """The module with every batch norm in it replaced by :class:`SyncBatchNorm` (parameters and buffers shared).
 
-    timm's fused norm-and-activation layers are subclasses with a forward of their own and would be lost: they are refused.
+    timm's layers of batch norm and activation in one are known; RecipeError for any other kind of batch norm.
     """
-    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+    if isinstance(module, SyncBatchNorm):
+        return module
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return _converted(module)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm):
-        raise NotImplementedError(f"{type(module).__name__} cannot be synchronised over processes")
     for name, child in module.named_children():
         replaced = convert_batch_norm(child)
         if replaced is not child:
@@ -290,14 +303,15 @@ def convert_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-def _converted(module: nn.Module) -> SyncBatchNorm:
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    new = SyncBatchNorm(
-        module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta"
-    )
+def _converted(module: nn.modules.batchnorm._BatchNorm) -> SyncBatchNorm:
+    fused = hasattr(module, "drop") and hasattr(module, "act")
+    if not fused and type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        raise RecipeError(
+            f"batch norm of kind {type(module).__name__} cannot be synchronised over workers; use one worker or another encoder"
+        )
+    kind = _SyncBatchNormAct if fused else SyncBatchNorm
+    new = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta")
     new.training = module.training
-    for name, parameter in module._parameters.items():
-        setattr(new, name, parameter)
-    for name, buffer in module._buffers.items():
-        setattr(new, name, buffer)
+    for name, value in [*module._parameters.items(), *module._buffers.items(), *module.named_children()]:
+        setattr(new, name, value)
     return new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -34,11 +35,14 @@ class Console:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"), console=self._rich, transient=False,
         )  # fmt: skip
+        self._redirect = contextlib.redirect_stdout(sys.stderr)
         self._task: Any = None
         self._label = ""
         self._began = self._printed = 0.0
 
     def __enter__(self) -> Console:
+        # Ray prints lines of its own to standard output; that is kept for the result alone.
+        self._redirect.__enter__()
         if self._live:
             self._progress.start()
         return self
@@ -46,6 +50,7 @@ class Console:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._progress.stop()
+        self._redirect.__exit__(kind, error, trace)
 
     def __call__(self, event: Event) -> None:
         """Draws one event."""

@@ -122,8 +122,8 @@ def nested_bootstrap(
     recomputes the difference of means. Every level draws n - 1 of its n units with replacement, which makes the
     variance of a mean unbiased where the usual n of n gives (n-1)/n of it, a third too little at 3 seeds (Rao and Wu
     1988). The interval is difference +- t * standard error with Satterthwaite's degrees of freedom, because percentiles
-    of 3 seeds cannot reach far enough: plain ones held the truth in about 80% of simulated studies, these in 95%. The
-    design counts interactions more than once (Owen 2007), so the interval errs to the wide side.
+    of 3 seeds cannot reach far enough: plain ones hold the truth less often than they say (tested by simulation). The design
+    counts interactions more than once (Owen 2007), so the interval errs to the wide side.
 
     A kind of repeat with one unit cannot be resampled: the interval then says nothing about it, and `notes` says so.
 

@@ -22,6 +22,7 @@ class BarlowTwinsParams(Params):
     """Parameters of Barlow Twins (Zbontar et al. 2021)."""
 
     name: Literal["barlow_twins"] = "barlow_twins"
+    """Which objective this is."""
     lambda_: float = Field(0.0051, gt=0)
     """Weight of the off-diagonal (redundancy reduction) term; 0.0051 in the authors' code, 1/8192 in paper 000."""
     projector: tuple[int, ...] = Field((8192, 8192, 8192), min_length=1)

@@ -122,6 +122,8 @@ def pretrain(
     to start within an epoch). `on_progress` is called on every rank at every logged step. A loss or gradient that is not
     finite ends the training with that status on all ranks; it is no exception, and no checkpoint holds it.
     """
+    if feed.batch_size != plan.batch_size:
+        raise ValueError(f"the feed gives batches of {feed.batch_size}, the plan wants {plan.batch_size}")
     run = _Run(
         plan,
         feed,
