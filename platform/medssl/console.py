@@ -64,8 +64,7 @@ class Console:
             self._end(event)
 
     def on_progress(self, label: str) -> Any:
-        """A callback (done, total[, note]) that draws one bar, for stages used without a study."""
-        self(Event("begin", label))
+        """A callback (done, total[, note]) that draws one bar from its first call on, for stages used without a study."""
 
         def advance(done: int, total: int, note: str = "") -> None:
             self(Event("progress", label, done, total, note))

@@ -1,0 +1,37 @@
+"""The built wheel, installed elsewhere, runs `quickstart` from an empty folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_quickstart_from_the_wheel(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    wheels, site, empty = tmp_path / "wheels", tmp_path / "site", tmp_path / "empty"
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(ROOT)], check=True, cwd=tmp_path)
+    wheel = next(wheels.glob("medssl-*.whl"))
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    empty.mkdir()
+    environment = tiny.environment() | {"PYTHONPATH": str(site), "MEDSSL_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        tiny.command("quickstart", "--json"), cwd=empty, env=environment, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    arms = {(a["arm"], a["protocol"]): a["n"] for a in json.loads(done.stdout)["arms"] if a["metric"] == "balanced_accuracy"}
+    assert arms["barlow_twins", "linear_probe"] == arms["random", "linear_probe"] == 2 * 2 * 35
+    assert arms["barlow_twins", "fine_tune"] == arms["random", "fine_tune"] == 5
+    assert (empty / "medssl-quickstart" / "studies" / "quickstart" / "report.html").stat().st_size > 10_000
+    where = subprocess.run(
+        [sys.executable, "-c", "import medssl; print(medssl.__file__)"], cwd=empty, env=environment, capture_output=True, text=True
+    )
+    assert where.stdout.startswith(str(site))
