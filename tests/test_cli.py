@@ -14,7 +14,7 @@ from medssl import cli
 from medssl.datasets.synthetic import write_synthetic
 from medssl.recipe_file import load
 
-COMMANDS = "quickstart ingest inspect run plan report init predict doctor bench".split()
+COMMANDS = ["quickstart", "ingest", "inspect", "run", "plan", "report", "init", "predict", "doctor", "bench"]
 
 
 def call(*arguments: str) -> int:

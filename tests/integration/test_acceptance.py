@@ -114,9 +114,10 @@ def test_streaming_ten_copies_through_a_small_object_store(
 
     def watch() -> None:
         while not stop.wait(5):
-            trained = [p for p in psutil.process_iter(["cmdline", "memory_info"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+            everyone = [p.info for p in psutil.process_iter(["cmdline", "memory_info"])]
+            trained = [info["memory_info"].rss for info in everyone if "RayTrainWorker" in " ".join(info["cmdline"] or [])]
             if trained:
-                resident.append((time.monotonic(), max(p.info["memory_info"].rss for p in trained)))
+                resident.append((time.monotonic(), max(trained)))
 
     watcher = threading.Thread(target=watch)
     watcher.start()

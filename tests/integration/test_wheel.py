@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -23,15 +24,12 @@ def test_quickstart_from_the_wheel(tmp_path: Path) -> None:
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     empty.mkdir()
     environment = tiny.environment() | {"PYTHONPATH": str(site), "MEDSSL_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        tiny.command("quickstart", "--json"), cwd=empty, env=environment, capture_output=True, text=True, check=False, timeout=900
-    )
+    printed: dict[str, Any] = {"cwd": empty, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(tiny.command("quickstart", "--json"), timeout=900, check=False, **printed)
     assert done.returncode == 0, done.stderr
     arms = {(a["arm"], a["protocol"]): a["n"] for a in json.loads(done.stdout)["arms"] if a["metric"] == "balanced_accuracy"}
     assert arms["barlow_twins", "linear_probe"] == arms["random", "linear_probe"] == 2 * 2 * 35
     assert arms["barlow_twins", "fine_tune"] == arms["random", "fine_tune"] == 5
     assert (empty / "medssl-quickstart" / "studies" / "quickstart" / "report.html").stat().st_size > 10_000
-    where = subprocess.run(
-        [sys.executable, "-c", "import medssl; print(medssl.__file__)"], cwd=empty, env=environment, capture_output=True, text=True
-    )
+    where = subprocess.run([sys.executable, "-c", "import medssl; print(medssl.__file__)"], check=False, **printed)
     assert where.stdout.startswith(str(site))
