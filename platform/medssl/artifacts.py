@@ -113,17 +113,24 @@ def publish(
     files: Mapping[str, bytes] | None = None,
     present: Mapping[str, str] | None = None,
     facts: Mapping[str, Any] | None = None,
+    anew: bool = False,
 ) -> Marker:
-    """Writes `files` into the artifact's folder, then its marker.
+    """Writes `files` into the artifact's folder, then its marker; a finished artifact is left as it is, unless `anew`.
 
     `present` names files (path -> SHA-256) that the stage has uploaded itself. Only what is named in either belongs to the
     content digest; scratch such as old checkpoints does not.
     """
+    existing = None if anew else read_marker(store, name)
+    if existing is not None:
+        return existing
     target = folder(store, name)
     digests = dict(present or {})
     for path, data in (files or {}).items():
         target.write(path, data)
         digests[path] = hashlib.sha256(data).hexdigest()
     marker = Marker(name, stage, version, dict(config), dict(inputs), digests, dict(facts or {}))
-    store.write(marker_key(name), marker.to_json())
+    if anew:
+        store.write(marker_key(name), marker.to_json())
+    elif not store.create(marker_key(name), marker.to_json()):  # another run was faster: later stages rest on its marker
+        return read_marker(store, name) or marker
     return marker

@@ -123,12 +123,16 @@ def _store_uri(given: str | None) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     from medssl.console import Console
-    from medssl.recipe_file import load
     from medssl.study import run
 
-    recipe = load(arguments.recipe, arguments.set)
     with Console() as console:
-        result = run(recipe, _store_uri(arguments.store), overrides=arguments.set, on_event=console, address=arguments.address)
+        result = run(
+            arguments.recipe,
+            _store_uri(arguments.store),
+            overrides=arguments.set,
+            on_event=console,
+            address=arguments.address,
+        )
     return _print_result(result, arguments.json)
 
 
@@ -227,7 +231,10 @@ def _init(arguments: argparse.Namespace) -> int:
     if path.exists():
         raise RecipeError(f"{path} is there already: name another file with --out, nothing was written")
     text = starter_recipe(arguments.dataset)
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"cannot write {path}: {error.strerror}; name another file with --out") from None
     print(f"wrote {path}; next: medssl run {path} --store URI")
     return 0
 

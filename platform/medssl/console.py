@@ -38,6 +38,7 @@ class Console:
         self._redirect = contextlib.redirect_stdout(sys.stderr)
         self._task: Any = None
         self._label = ""
+        self._first = -1
         self._began = self._printed = 0.0
 
     def __enter__(self) -> Console:
@@ -73,6 +74,7 @@ class Console:
 
     def _begin(self, event: Event) -> None:
         self._label, self._began, self._printed = event.label, time.monotonic(), time.monotonic()
+        self._first = -1
         if self._live:
             self._task = self._progress.add_task(event.label, total=event.total or None, note="")
         else:
@@ -81,6 +83,8 @@ class Console:
     def _advance(self, event: Event) -> None:
         if event.label != self._label:
             self._begin(Event("begin", event.label, total=event.total))
+        if self._first < 0:
+            self._first = event.done
         if self._live:
             self._progress.update(self._task, completed=event.done, total=event.total or None, note=event.note)
             return
@@ -88,7 +92,7 @@ class Console:
         if now - self._printed < _PLAIN_SECONDS or not event.total or not event.done:
             return
         self._printed = now
-        rate = event.done / max(now - self._began, 1e-9)
+        rate = (event.done - self._first) / max(now - self._began, 1e-9)  # what an earlier run did is not this one's speed
         left = (event.total - event.done) / rate if rate else float("nan")
         self._print(
             f"{event.label}: {event.done:,}/{event.total:,} ({rate:,.0f} images/s, {left:,.0f} s left) {event.note}".rstrip()

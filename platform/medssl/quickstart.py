@@ -40,7 +40,8 @@ def quickstart(folder: Path, *, overrides: Sequence[str] = (), on_event: OnEvent
     emit: OnEvent = on_event or (lambda event: None)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file: name a folder with --store")
-    recipe = load(yaml.safe_load(recipe_text()), overrides)
+    fields = yaml.safe_load(recipe_text())
+    load(fields, overrides)  # a wrong override is said before anything is drawn
     store = open_store(str(folder), create=True)
     uri = store.uri_of(f"{DATASETS}/{NAME}")
     if not store.exists(f"{DATASETS}/{NAME}/card.json"):
@@ -56,4 +57,4 @@ def quickstart(folder: Path, *, overrides: Sequence[str] = (), on_event: OnEvent
                 on_progress=lambda done, total: emit(Event("progress", "ingest", done, total)),
             )
             emit(Event("end", "ingest"))
-    return run(recipe, store, overrides=overrides, on_event=on_event)
+    return run(fields, store, overrides=overrides, on_event=on_event)

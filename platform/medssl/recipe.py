@@ -78,6 +78,11 @@ class Arm(Params):
             raise ValueError(f"arm '{self.name}': colour features take no objective, epochs or initial weights")
         return self
 
+    @property
+    def is_random(self) -> bool:
+        """Whether it is a randomly initialised encoder, left as it is."""
+        return self.features == "encoder" and self.objective is None and self.initial_weights == "random"
+
 
 class Repeats(Params):
     """How often each kind of chance is drawn. A claim about a pretraining needs several of each."""
@@ -117,6 +122,11 @@ class Search(Params):
         if (self.sampler == "tpe") != (self.trials is not None):
             raise ValueError("trials is needed for sampler tpe and refused for grid")
         return self
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to search: one pair of values is taken as it is."""
+        return self.sampler == "tpe" or self.points > 1
 
     @property
     def points(self) -> int:
@@ -196,8 +206,8 @@ class Compute(Params):
     """DDP workers of a pretraining."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores of each worker."""
-    gpus_per_worker: float = Field(0, ge=0)
-    """GPUs of each worker and trial; 0 trains on the CPU. Pretraining workers take whole ones."""
+    gpus_per_worker: float = Field(0, ge=0, le=1)
+    """GPUs of each trial, which may share one; 0 trains on the CPU. A pretraining worker takes a whole one."""
     trial_cpus: int = Field(1, ge=1)
     """CPU cores of a search or evaluation trial."""
     concurrent_trials: int | None = Field(None, ge=1)
@@ -252,6 +262,9 @@ class Recipe(Params):
             self._check_comparison(comparison)
         if self.repeats.labels is None and self.repeats.label_draws != 1:
             raise ValueError("labels: null uses every label, so label_draws must be 1")
+        channels = {self.encoder_of(arm).channels for arm in self.arms} | {self.encoder.channels}
+        if len(channels) > 1:
+            raise ValueError(f"arms differ in encoder.channels ({sorted(channels)}): images are decoded once for all of them")
         workers = self.compute.workers
         for arm in self.arms:
             if arm.objective is not None and arm.batch_size % workers:

@@ -77,7 +77,10 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     path, sign, text = override.partition("=")
     if not sign or not path.strip():
         raise RecipeError(f"--set {override}: write it as path.to.field=value, for example arms.0.epochs=5")
-    value = yaml.load(text, Loader=_Loader)
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML ({getattr(error, 'problem', error)})") from None
     return dict(_set(raw, path.strip().split("."), value, path))
 
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medssl.artifacts import STUDIES, artifact_name, digest_json, folder, publish
+from medssl.errors import MissingKey
 from medssl.recipe import Comparison, Recipe
 from medssl.recipe_file import dump
 from medssl.stages.report import format_result_table, render, result_json
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from medssl.study import Study
 
 _READERS = 16
+_CURRENT = "current.json"
+_NOT_REPORTED = ("medssl", "medssl_version", "shards", "index")
+"""Keys of a dataset card that change without changing what a report says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,8 @@ def report_name(recipe: Recipe, evaluations: Sequence[str], card: dict[str, Any]
     """Name of the report over these evaluations."""
     config = recipe.canonical()
     config.pop("compute")
-    inputs = {"evaluations": digest_json(list(evaluations)), "dataset": digest_json(card["digests"])}
+    reported = {key: value for key, value in card.items() if key not in _NOT_REPORTED}
+    inputs = {"evaluations": digest_json(list(evaluations)), "dataset": digest_json(reported)}
     return artifact_name("report", VERSIONS["report"], config, inputs)
 
 
@@ -82,14 +87,33 @@ def build_report(study: Study) -> StudyResult:
     result = StudyResult(study.recipe.study, data.scores, data.summary, data.comparisons, _report_uri(study.store, study.recipe))
     files["result.json"] = _dump_result(result)
     files["recipe.yaml"] = dump(study.recipe).encode()
+    files |= {f"arms/{arm}.json": json.dumps(index, indent=1).encode() for arm, index in _arm_indexes(study).items()}
     config = study.recipe.canonical()
-    publish(study.store, name, stage="report", version=VERSIONS["report"], config=config, inputs={}, files=files)
-    current = study.store.sub(f"{STUDIES}/{study.recipe.study}")
-    for path, content in files.items():
-        current.write(path, content)
-    for arm, index in _arm_indexes(study).items():
-        current.write(f"arms/{arm}.json", json.dumps(index, indent=1).encode())
+    version = VERSIONS["report"]
+    publish(study.store, name, stage="report", version=version, config=config, inputs={}, files=files, anew=True)
+    make_current(study.store, study.recipe.study, name, anew=True)
     return result
+
+
+def make_current(store: Store, study: str, name: str, *, anew: bool = False) -> None:
+    """Makes a finished report the one under `studies/`: what people open, and where `predict` finds the arms.
+
+    Does nothing when it is already, unless `anew`. `current.json` is written last: a copy that was broken off is done again.
+    """
+    place, source = store.sub(f"{STUDIES}/{study}"), folder(store, name)
+    try:
+        if not anew and json.loads(place.read(_CURRENT))["report"] == name:
+            return
+        place.delete(_CURRENT)
+    except MissingKey:
+        pass
+    paths = [entry.key for entry in source.list()]
+    for path in paths:
+        place.write(path, source.read(path))
+    for entry in place.list("arms/"):
+        if entry.key not in paths:  # an arm of an earlier recipe
+            place.delete(entry.key)
+    place.write(_CURRENT, json.dumps({"report": name}).encode())
 
 
 def _report_uri(store: Store, recipe: Recipe) -> str:
@@ -193,7 +217,7 @@ def _comparisons(recipe: Recipe, runs: dict[tuple[str, str], Runs]) -> Found:
         _compare(recipe, claim, runs[claim.better, claim.protocol], runs[claim.than, claim.protocol], found)
     kinds = {arm.name: arm for arm in recipe.arms}
     for name, protocol, metric in dict.fromkeys((c.than, c.protocol, c.metric) for c in recipe.comparisons):
-        if kinds[name].features == "encoder" and kinds[name].objective is None:
+        if kinds[name].is_random:
             _same_against_same(recipe, runs[name, protocol], metric, found)
     return found
 
@@ -284,7 +308,7 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
         recipe_yaml=dump(recipe),
         overrides=study.overrides,
         versions=versions(),
-        warnings=warnings(curves),
+        warnings=warnings(recipe, curves),
         hardware=hardware(),
         feeding=feeding(recipe.images.feeding, curves),
         same_against_same=found.same,

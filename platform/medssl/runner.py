@@ -9,10 +9,10 @@ from functools import cached_property, partial
 from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
 from medssl.errors import StoreError
 from medssl.events import Event
-from medssl.leases import Owner, lease
+from medssl.leases import Lease, Owner, lease
 from medssl.recipe import Arm, Protocol
-from medssl.results import StudyResult, build_report, load_result
-from medssl.stages.cluster import connected
+from medssl.results import StudyResult, build_report, load_result, make_current
+from medssl.stages.cluster import connected, require_gpus
 from medssl.stages.context import Context
 from medssl.stages.encode import EmbedTask, InitialiseTask, run_encoding
 from medssl.stages.evaluate import EvaluateTask, SearchTask, run_evaluations, run_search
@@ -25,9 +25,11 @@ from medssl.study import Pending, Study
 class Runner:
     """Runs one study; Ray and the decoded images come up with the first stage that needs them."""
 
-    def __init__(self, study: Study, stack: ExitStack, address: str | None) -> None:
+    def __init__(self, study: Study, stack: ExitStack, address: str | None, held: Lease | None = None) -> None:
         self.study = study
+        self._held = [held] if held else []  # the leases that must be ours when something is published
         self._stack = stack
+        self._is_connected = False
         self._address = address
 
     def run(self, *, rebuild_report: bool = False) -> StudyResult:
@@ -36,6 +38,7 @@ class Runner:
         name = study.report_name()
         if name is not None and study.is_finished_name(name) and not rebuild_report:
             study.emit(Event("message", f"study '{study.recipe.study}' is finished: nothing to do"))
+            make_current(study.store, study.recipe.study, name)
             return load_result(study.store, study.recipe, name)
         self.encoders()
         self.embeddings()
@@ -70,9 +73,14 @@ class Runner:
             dataset=study.dataset,
             rows=index.index[index["split"].isin(recipe.pretraining_splits)].tolist(),
             resident=None if streaming else dict(self.context.resident),
-            decoding={"decode_px": recipe.images.decode_px, "resize": recipe.images.resize},
+            decoding={
+                "decode_px": recipe.images.decode_px,
+                "resize": recipe.images.resize,
+                "channels": recipe.encoder.channels,
+            },
             splits=list(recipe.pretraining_splits),
             compute=recipe.compute,
+            before_publish=self._check_leases,
             initial_weights=None if arm.initial_weights == "random" else arm.initial_weights,
             on_progress=on_progress,
         )  # fmt: skip
@@ -154,15 +162,22 @@ class Runner:
             marker = read_marker(study.store, spec.name)
             if marker is None:
                 study.emit(Event("begin", spec.label))
+                self._held.append(held)
                 marker = build(self._progress(spec.label))
-                held.check()
+                self._held.remove(held)
                 study.emit(Event("end", spec.label))
             study.record(spec, marker)
+
+    def _check_leases(self) -> None:
+        """Raises when another run has taken over what this one works on."""
+        for held in self._held:
+            held.check()
 
     def _stage(self, label: str, specs: list[Spec], work: Callable[[OnProgress], None]) -> None:
         """Makes many artifacts under one lease of them all."""
         study = self.study
         name = artifact_name("many", 1, {"specs": digest_json(sorted(s.name for s in specs))}, {})
+        self._check_leases()
         with lease(study.store, name, on_wait=self._waiting(label)):
             study.emit(Event("begin", label))
             work(self._progress(label))
@@ -183,11 +198,14 @@ class Runner:
         return lambda owner: self.study.emit(Event("message", f"{label} is being made by {owner}; waiting for it"))
 
     def _connect(self) -> None:
-        if not self.__dict__.get("_is_connected"):
+        if not self._is_connected:
             compute = self.study.recipe.compute
             cpus = max(compute.workers * compute.cpus_per_worker, compute.trial_cpus)
             self._stack.enter_context(connected(cpus=cpus, address=self._address))
-            self.__dict__["_is_connected"] = True
+            trained = any(arm.objective is not None for arm in self.study.recipe.arms)
+            gpus = compute.gpus_per_worker
+            require_gpus(compute.workers if gpus and trained else gpus)
+            self._is_connected = True
 
     @cached_property
     def context(self) -> Context:

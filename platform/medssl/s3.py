@@ -80,10 +80,17 @@ class Bucket:
             _met.add(key)
 
     def make(self) -> None:
-        """Creates the bucket where it is missing."""
+        """Creates the bucket where it is missing; one that can be listed is not touched, a key may lack that right."""
 
         def attempt() -> None:
             from botocore.exceptions import ClientError
+
+            try:
+                client().list_objects_v2(Bucket=self.name, MaxKeys=1)
+                return
+            except ClientError as error:
+                if error_code(error) != "NoSuchBucket":
+                    raise
 
             region = client().meta.region_name
             elsewhere = region != "us-east-1" and is_aws(client().meta.endpoint_url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from medssl.datasets.dataset import open_dataset
@@ -18,13 +19,13 @@ _TEMPLATE = """\
 #   medssl plan {file} --store URI     what it will do, and what that costs in images
 #   medssl run {file} --store URI      do it; run it again to go on or to add what changed
 study: {name}
-description: Barlow Twins against random weights and colour statistics on {dataset}.
-dataset: {uri}
+description: {description}
+dataset: {quoted}
 
 images:
   decode_px: 96            # images are kept at this size; larger than the view, so that crops are crops
   resize: squash           # squash | crop | pad: how an oblong image becomes a square
-  feeding: resident        # resident: decoded once per node; streaming: for data larger than a node's disk
+  feeding: resident        # resident: decoded once per node; streaming: pretraining reads them anew each epoch
 
 encoder:
   name: resnet18           # any timm model; resnet50 for the papers' size
@@ -100,7 +101,9 @@ def starter_recipe(uri: str, file: str = "study.yaml") -> str:
     batch = min(_LARGEST_BATCH, 2 ** (max(2, images // 4).bit_length() - 1))
     every = labelled[TRAIN] <= _LARGEST_DRAW
     return _TEMPLATE.format(
-        uri=uri, file=file, name=_slug(dataset.name), dataset=dataset.name, images=images, labelled=labelled[TRAIN],
+        uri=dataset.uri, quoted=json.dumps(dataset.uri), file=file,
+        description=json.dumps(f"Barlow Twins against random weights and colour statistics on {dataset.name}."),
+        name=_slug(dataset.name), images=images, labelled=labelled[TRAIN],
         classes=len(dataset.classes), test=labelled[TEST], epochs=max(10, min(200, 60_000 // images)), batch=batch,
         draws=1 if every else 3, labels="null" if every else _LARGEST_DRAW, workers=1,
     )  # fmt: skip

@@ -176,6 +176,11 @@ def open_store(uri: str, *, create: bool = False) -> Store:
     return root.sub(prefix)
 
 
+def open_for_writing(uri: str) -> Store:
+    """A store that results go to: a missing folder is made, a missing bucket is an error, since it is likely mistyped."""
+    return open_store(uri, create=split_uri(uri)[0] == "file")
+
+
 def split_uri(uri: str) -> tuple[str, str]:
     """('s3', 'bucket/prefix') or ('file', '/absolute/path') of a store's URI or a plain path; StoreError otherwise."""
     text = str(uri).strip()

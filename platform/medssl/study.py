@@ -19,12 +19,12 @@ from medssl.artifacts import Marker, finished, read_marker, read_markers
 from medssl.datasets.dataset import Dataset, open_dataset
 from medssl.errors import DataError, RecipeError, StoreError
 from medssl.events import Event, OnEvent
-from medssl.leases import lease
+from medssl.leases import Lease, lease
 from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
 from medssl.recipe_file import load
 from medssl.results import StudyResult, report_name
 from medssl.stages.specs import TEST, TRAIN, VALIDATION, Cell, Spec, Specs
-from medssl.store import Store, open_store
+from medssl.store import Store, open_for_writing, open_store
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Study:
     def point(self, arm: Arm, protocol: Protocol) -> dict[str, float] | None:
         """Learning rate and weight decay of an arm under a protocol, once they are known."""
         search = protocol.search
-        if search.points == 1 and search.sampler == "grid":
+        if not search.needed:
             return {"learning_rate": search.learning_rate[0], "weight_decay": search.weight_decay[0]}
         spec = self.search_spec(arm, protocol)
         marker = self.marker(spec) if spec else None
@@ -157,7 +157,7 @@ class Study:
             (arm, protocol)
             for protocol in self.recipe.protocols
             for arm in self.recipe.arms
-            if protocol.search.points > 1 and not (arm.features == "colour" and protocol.kind == "fine_tune")
+            if protocol.search.needed and not (arm.features == "colour" and protocol.kind == "fine_tune")
         ]
 
     def evaluations(self, cell: Cell) -> dict[int, Spec] | None:
@@ -260,8 +260,10 @@ def _weights_digests(recipe: Recipe) -> dict[str, str]:
 def _prepare(
     recipe: Recipe | str | Path | Mapping[str, Any], store: Store | str, overrides: Sequence[str]
 ) -> tuple[Recipe, Store]:
+    if isinstance(recipe, Recipe) and overrides:
+        raise RecipeError(f"overrides ({overrides[0]}) go with a recipe's file or fields: this one is loaded already")
     loaded = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
-    return loaded, open_store(store, create=True) if isinstance(store, str) else store
+    return loaded, open_for_writing(store) if isinstance(store, str) else store
 
 
 def plan(recipe: Recipe | str | Path | Mapping[str, Any], store: Store | str, *, overrides: Sequence[str] = ()) -> list[PlanLine]:
@@ -295,10 +297,10 @@ def run(
 
     loaded, opened = _prepare(recipe, store, overrides)
     study = Study(loaded, opened, on_event, overrides)
-    with _study_lease(study):
+    with _study_lease(study) as held:
         study.refresh()
         with ExitStack() as stack:
-            return Runner(study, stack, address).run(rebuild_report=rebuild_report)
+            return Runner(study, stack, address, held).run(rebuild_report=rebuild_report)
 
 
 def report(
@@ -326,12 +328,12 @@ def report(
 
 
 @contextmanager
-def _study_lease(study: Study) -> Iterator[None]:
+def _study_lease(study: Study) -> Iterator[Lease]:
     def waiting(owner: Any) -> None:
         study.emit(Event("message", f"study '{study.recipe.study}' is being run by {owner}; waiting for it to end"))
 
-    with lease(study.store, f"study-{study.recipe.study}", on_wait=waiting):
-        yield
+    with lease(study.store, f"study-{study.recipe.study}", on_wait=waiting) as held:
+        yield held
 
 
 __all__ = ["Pending", "PlanLine", "Study", "plan", "report", "run"]

@@ -15,12 +15,14 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from medssl.artifacts import folder, publish
+from medssl.artifacts import folder, publish, read_marker
+from medssl.errors import MedsslError
 from medssl.recipe import Compute, LinearProbe
 from medssl.rows import user_error
 from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import TEST, TRAIN, VALIDATION, Spec
+from medssl.stages.trials import concurrent_trials
 
 _BATCH = 256
 
@@ -56,7 +58,7 @@ def run_encoding(
     Raises:
         MedsslError: the first failure's.
     """
-    concurrent = compute.concurrent_trials or max(1, int(ray.cluster_resources()["CPU"] - 2) // compute.trial_cpus)
+    concurrent = concurrent_trials(compute)
     with board(on_progress) as handle:
         remote = ray.remote(_encode).options(
             num_cpus=compute.trial_cpus, num_gpus=compute.gpus_per_worker or None, max_retries=compute.max_failures
@@ -71,14 +73,22 @@ def run_encoding(
                     ray.get(done)
                 running.append(remote.remote(task, compute.canonical(), handle))
             ray.get(running)
-        except ray.exceptions.RayTaskError as error:
-            raise user_error(error) from None
+        except ray.exceptions.RayError as error:
+            for task_reference in running:
+                ray.cancel(task_reference, force=True)
+            found = user_error(error)
+            if isinstance(found, MedsslError):
+                raise found from None
+            reason = (str(found).strip().splitlines() or [type(found).__name__])[0]
+            raise MedsslError(f"{tasks[0].spec.stage}: a task was lost {compute.max_failures + 1} times: {reason}") from None
 
 
 def _encode(task: InitialiseTask | EmbedTask, compute: dict[str, Any], handle: Any) -> None:
     import torch
 
     opened = task.context.open()
+    if read_marker(opened.store, task.spec.name) is not None:  # another study has made it meanwhile
+        return
     settings = Compute.model_validate(compute)
     torch.set_num_threads(settings.trial_cpus)
     device = torch.device("cuda" if settings.gpus_per_worker else "cpu")

@@ -122,7 +122,8 @@ def run_evaluations(tasks: Sequence[EvaluateTask], recipe: Recipe, on_progress: 
         for part in _parts(_named(recipe, t.arm, t.protocol)[1], t.specs)
     ]
     weights = [max(1, sum(s.images for s in t.specs.values())) for t in split]
-    store = open_store(tasks[0].context.store_uri)
+    store = open_store(tasks[0].context.store_uri).sub(f"tune/{recipe.study}")
+    store.delete_prefix("")  # what a killed run left of Tune's state; the study's lease is ours
     fan_out(evaluate, split, compute=recipe.compute, store=store, weights=weights, on_progress=on_progress)
 
 
@@ -215,13 +216,17 @@ def _publish(
 ) -> None:  # fmt: skip
     labels = opened.specs.labels(rows)
     wide = probabilities_NK.astype(np.float64)
-    scores = {name: float(METRICS[name](wide, labels, None)) for name in opened.recipe.metrics}
+    scores = {name: float(metric(wide, labels, None)) for name, metric in METRICS.items()}  # the report takes its own
     application = {
         "kind": protocol.kind,
         "features": arm.features,
         "encoder": opened.recipe.encoder_of(arm).canonical() if arm.features == "encoder" else None,
         "encoder_artifact": task.encoder if protocol.kind == "linear_probe" else None,
-        "images": {"decode_px": opened.recipe.images.decode_px, "resize": opened.recipe.images.resize},
+        "images": {
+            "decode_px": opened.recipe.images.decode_px,
+            "resize": opened.recipe.images.resize,
+            "channels": opened.recipe.encoder.channels,
+        },
         "classes": opened.specs.classes,
     }
     publish(

@@ -37,7 +37,7 @@ from medssl.errors import DataError
 from medssl.leases import Lease, Owner, lease
 from medssl.rows import quiet_ray_data, user_error
 from medssl.stages.cluster import connected
-from medssl.store import Store, open_store
+from medssl.store import Store, open_for_writing, open_store
 
 SHARD_ROWS = 256
 OnProgress = Callable[[int, int], None]
@@ -164,7 +164,7 @@ def ingest(
     if options.pseudonym_key is not None:
         rows, replaced = pseudonymise(rows, options.pseudonym_key)
         rows = sorted_by_id(rows)
-    store = open_store(target, create=True)
+    store = open_for_writing(target)
     provenance = Provenance(
         name=options.name or posixpath.basename(store.uri.rstrip("/")),
         licence=options.licence,

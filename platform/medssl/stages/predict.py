@@ -55,7 +55,7 @@ def predict(
     """Writes image, predicted class and the probability of each class for image files (or folders of them).
 
     Args:
-        arm: name of an arm of a finished study in the store, or the name of an evaluate artifact.
+        arm: name of an arm of a finished study in the store, or the name (or URI) of an evaluate artifact in it.
         out: .csv or .parquet; written whole or not at all.
 
     Raises:
@@ -63,6 +63,8 @@ def predict(
     """
     if out.suffix not in (".csv", ".parquet"):
         raise RecipeError(f"--out {out}: end it in .csv or .parquet")
+    last = arm.rstrip("/").rpartition("/")[2]
+    arm = last if last.startswith("evaluate-") else arm
     store = open_store(store_uri)
     name = (
         arm
@@ -106,8 +108,7 @@ class Model:
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """An encoded image as the study decoded its own: (H, W, C) uint8."""
-        channels = self.encoder_params.channels if self.encoder_params else 3
-        return decode(data, px=self.decoding["decode_px"], resize=self.decoding["resize"], channels=channels)
+        return decode(data, px=self.decoding["decode_px"], resize=self.decoding["resize"], channels=self.decoding["channels"])
 
     def probabilities(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Class probabilities (B, K)."""
@@ -174,6 +175,8 @@ def _find(
 ) -> str:
     index = _index(store, arm, study)
     runs = index["evaluations"]
+    if not runs:
+        raise RecipeError(f"arm '{arm}' was not evaluated by any protocol of its study, so it has no head to predict with")
     protocols = list(dict.fromkeys(run["protocol"] for run in runs))
     chosen = protocol or protocols[0]
     if chosen not in protocols:

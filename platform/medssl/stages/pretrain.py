@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import traceback
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from medssl.artifacts import Marker, folder, publish
 from medssl.errors import MedsslError, NonFiniteLoss, StoreError
 from medssl.filesystem import retrying_filesystem
 from medssl.recipe import Compute
-from medssl.rows import StreamFeed, open_resident, stream_images
+from medssl.rows import StreamFeed, open_resident, stream_images, user_error
 from medssl.stages.cluster import require_gpus
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import Spec
@@ -62,6 +63,7 @@ def run_pretrain(
     splits: list[str],
     compute: Compute,
     initial_weights: str | None = None,
+    before_publish: Callable[[], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Marker:
     """Trains (or goes on training) one encoder and publishes its artifact.
@@ -70,15 +72,16 @@ def run_pretrain(
         dataset: the open dataset, for streaming.
         rows: row numbers of the images to train on.
         resident: arguments of `rows.open_resident` when feeding is resident, else None.
-        decoding: decode_px and resize.
+        decoding: decode_px, resize and channels.
         splits: splits to stream.
         initial_weights: URI of encoder weights to start from.
+        before_publish: called before the marker is written; raises when the run has lost its lease.
 
     Raises:
         NonFiniteLoss: the loss turned NaN or infinite; nothing is retried.
         MedsslError: a worker failed for a reason that retrying would not mend, or workers were lost too often.
     """
-    require_gpus(compute.workers * compute.gpus_per_worker)
+    require_gpus(compute.workers if compute.gpus_per_worker else 0)
     output = folder(store, spec.name)
     output.delete(_FAILURE_NOTE)
     with board(on_progress) as handle:
@@ -89,6 +92,8 @@ def run_pretrain(
         raise MedsslError(f"{spec.label} failed: {outcome['error']}")
     if outcome["status"] == "non_finite":
         raise NonFiniteLoss(_explain_non_finite(spec, plan, outcome))
+    if before_publish is not None:
+        before_publish()
     marker = publish(
         store, spec.name, stage=spec.stage, version=spec.version, config=spec.config, inputs=spec.inputs,
         present={_RESULT: outcome["files"][_RESULT]}, facts=outcome["facts"],
@@ -108,11 +113,13 @@ def _explain_non_finite(spec: Spec, plan: PretrainPlan, outcome: dict[str, Any])
 
 
 def _fit(store: Store, name: str, job: Job, datasets: dict[str, Any], compute: Compute, handle: Any) -> dict[str, Any]:
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    filesystem, root = retrying_filesystem(store.uri_of("ray"))
-    run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # never the name of an earlier try: Ray Train would take up its state
+    # Never the name of an earlier try: Ray Train would take up its state. What a killed driver left is cleared away here.
+    state, run_name = store.sub(f"ray/{name}"), uuid.uuid4().hex[:12]
+    state.delete_prefix("")
+    filesystem, root = retrying_filesystem(state.uri)
     gpu = compute.gpus_per_worker > 0
     trainer = TorchTrainer(
         _train_worker,
@@ -134,18 +141,16 @@ def _fit(store: Store, name: str, job: Job, datasets: dict[str, Any], compute: C
     )
     try:
         result = trainer.fit()
-    except ray.train.base_trainer.TrainingFailedError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise MedsslError(
-            f"{name}: training was given up after {compute.max_failures} restarts: {reason[-1]}"
-        ) from None
+    except TrainingFailedError as error:
+        causes = [user_error(cause) for cause in getattr(error, "worker_failures", {}).values()]
+        told = next((cause for cause in causes if isinstance(cause, MedsslError)), causes[0] if causes else error)
+        reason = (str(told).strip().splitlines() or [type(told).__name__])[0]
+        raise MedsslError(f"{name}: training was given up after {compute.max_failures} restarts: {reason}") from None
     finally:
-        store.sub("ray").delete_prefix(run_name)
+        state.delete_prefix("")
     outcome = result.return_value
     if not isinstance(outcome, dict):
-        raise MedsslError(
-            f"{name}: the workers ended without a result; see Ray's logs under /tmp/ray/session_latest/logs"
-        )
+        raise MedsslError(f"{name}: the workers ended without a result; Ray's logs are below /tmp/ray/session_latest/logs")
     return outcome
 
 

@@ -16,7 +16,7 @@ from medssl.datasets.dataset import Dataset
 from medssl.errors import MissingKey
 from medssl.recipe import Arm, Protocol, Recipe
 from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts
-from medssl.stages.specs import Spec
+from medssl.stages.specs import TEST, VALIDATION, Spec
 from medssl.store import Store
 
 # Effective rank below this share of the projector's batch-limited rank means that views are mapped to few directions.
@@ -31,6 +31,8 @@ def arm_facts(recipe: Recipe, arm: Arm) -> ArmFacts:
         return ArmFacts(arm.name, "colour and intensity statistics of the image, no network", "colour")
     encoder = recipe.encoder_of(arm)
     begin = "random weights" if arm.initial_weights == "random" else "given weights"
+    if arm.objective is None and not arm.is_random:
+        return ArmFacts(arm.name, f"{encoder.name} at {encoder.image_px} px, {begin}, no pretraining here")
     if arm.objective is None:
         return ArmFacts(
             arm.name,
@@ -124,9 +126,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def warnings(curves: Mapping[str, pd.DataFrame]) -> list[str]:
+def warnings(recipe: Recipe, curves: Mapping[str, pd.DataFrame]) -> list[str]:
     """What a reader must know before believing the numbers, beyond what the dataset and the scores themselves say."""
     found = []
+    judged = [split for split in recipe.pretraining_splits if split in (VALIDATION, TEST)]
+    if judged:
+        names = " and ".join(judged)
+        found.append(f"images of the splits {names} were used in pretraining (without labels): scores are too good")
     for arm, frame in curves.items():
         last = frame.dropna(subset=["embedding_std"]).groupby("seed")["embedding_std"].last()
         collapsed = last[last < _COLLAPSE_STD]

@@ -20,7 +20,7 @@ from medssl.errors import MedsslError, MissingKey, NonFiniteLoss
 from medssl.recipe import Compute, Search
 from medssl.stages.progress import OnProgress
 from medssl.stages.trials import Watch, concurrent_trials, fan_out, guarded, run_trials, short_names
-from medssl.store import Store, open_store
+from medssl.store import Store, open_for_writing
 
 __all__ = ["Found", "fan_out", "search"]
 
@@ -110,14 +110,14 @@ class _Scores:
     def read(self, point: Point) -> float | None:
         """The score of a point, or None."""
         try:
-            return float(json.loads(open_store(self.uri, create=True).read(self._key(point)))["score"])
+            return float(json.loads(open_for_writing(self.uri).read(self._key(point)))["score"])
         except MissingKey:
             return None
 
     def write(self, point: Point, score: float) -> None:
         """Keeps the score of a point."""
         data = json.dumps({**point, "score": score}, allow_nan=False)
-        open_store(self.uri, create=True).write(self._key(point), data.encode())
+        open_for_writing(self.uri).write(self._key(point), data.encode())
 
     def _key(self, point: Point) -> str:
         return f"trials/{digest_json(dict(point))[:20]}.json"

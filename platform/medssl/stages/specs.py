@@ -77,7 +77,8 @@ class Specs:
 
     def pretraining_seeds(self, arm: Arm, protocol: Protocol | None = None) -> range:
         """Seeds of an arm; one for features without chance."""
-        if arm.features == "colour":
+        alike = arm.objective is None and arm.initial_weights != "random"  # given weights, not trained: one encoder
+        if arm.features == "colour" or alike:
             return range(1)
         return range(min(self.recipe.repeats.pretraining_seeds, (protocol and protocol.pretraining_seeds) or 10**9))
 
@@ -121,8 +122,10 @@ class Specs:
         bank = protocol.probe.bank_passes
         if bank:
             drawn = self.drawn_rows()
+            config["encoder"] = self.recipe.encoder_of(arm).canonical()  # the size and colours of augmented views
             config["bank"] = {
                 "passes": bank,
+                "seed": seed,
                 "rows": digest_json(drawn.tolist()),
                 "views": protocol.probe.bank_views.canonical(),
             }
@@ -154,7 +157,6 @@ class Specs:
             "point": dict(point),
             "seed": head_seed,
             "classes": self.classes,
-            "metrics": list(self.recipe.metrics),
             **self._network(cell.arm, cell.protocol),
         }
         drawn, test = self.draw(cell.label_draw), self.rows(TEST)
@@ -188,11 +190,16 @@ class Specs:
         return np.array([position[str(name)] for name in self.index["label"].to_numpy()[rows]], dtype=np.int64)
 
     @cached_property
+    def _digests(self) -> dict[tuple[bytes, bool], str]:
+        return {}
+
+    @cached_property
     def _draws(self) -> dict[int, NDArray[np.int64]]:
         return {}
 
     def _decoding(self) -> dict[str, Any]:
-        return {"decode_px": self.recipe.images.decode_px, "resize": self.recipe.images.resize}
+        images = self.recipe.images
+        return {"decode_px": images.decode_px, "resize": images.resize, "channels": self.recipe.encoder.channels}
 
     def _network(self, arm: Arm, protocol: Protocol) -> dict[str, Any]:
         """What a fine-tuning needs to know of network and decoding; a probe has it in its features' digest."""
@@ -211,6 +218,12 @@ class Specs:
 
     def _label_digest(self, rows: NDArray[np.int64], *, patients: bool = False) -> str:
         """Digest of which images these are, what they are labelled, and whose they are (predictions name the patient)."""
+        key = (rows.tobytes(), patients)
+        if key not in self._digests:
+            self._digests[key] = self._digest_labels(rows, patients)
+        return self._digests[key]
+
+    def _digest_labels(self, rows: NDArray[np.int64], patients: bool) -> str:
         columns = ["image_id", "label", *(["patient_id"] if patients else [])]
         chosen = self.index.loc[rows, columns].astype(object)
         return digest_json(chosen.where(chosen.notna(), None).to_numpy().tolist())
