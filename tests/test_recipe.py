@@ -76,6 +76,10 @@ def test_every_field_is_described() -> None:
         ({"compute": {"workers": 3}}, ["batch_size 8 is not a multiple of compute.workers 3"]),
         ({"repeats": {"labels": None, "label_draws": 2}}, ["label_draws must be 1"]),
         ({"dataset": None}, ["dataset", "string"]),
+        (
+            {"arms": [{"name": "a", "encoder": {"channels": 1, "mean": [0.5], "std": [0.2]}}], "comparisons": []},
+            ["encoder.channels"],
+        ),
     ],
 )  # fmt: skip
 def test_what_is_refused(changes: dict[str, Any], words: list[str]) -> None:
@@ -101,6 +105,7 @@ def test_overrides_are_typed_validated_and_in_order() -> None:
         ("arms.0.epochs=x", ["arms.0.epochs", "'x'"]),
         ("arms.0.epochz=1", ["did you mean 'epochs'?"]),
         ("study.name=1", ["single value"]),
+        ("arms.0.epochs=[5", ["not valid YAML"]),
     ],
 )
 def test_overrides_that_are_refused(override: str, words: list[str]) -> None:

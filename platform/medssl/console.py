@@ -89,7 +89,7 @@ class Console:
             self._progress.update(self._task, completed=event.done, total=event.total or None, note=event.note)
             return
         now = time.monotonic()
-        if now - self._printed < _PLAIN_SECONDS or not event.total or not event.done:
+        if now - self._printed < _PLAIN_SECONDS or not event.total or event.done <= self._first:
             return
         self._printed = now
         rate = (event.done - self._first) / max(now - self._began, 1e-9)  # what an earlier run did is not this one's speed

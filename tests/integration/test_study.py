@@ -141,6 +141,16 @@ def test_more_head_seeds_compute_only_the_new_ones(place: Path, study: Path, sto
     assert stages(finished(store) - before) == {"evaluate": 20, "report": 1}
 
 
+def test_the_current_report_follows_the_recipe(place: Path, study: Path, store: Store) -> None:
+    """After an override was tried, the plain recipe's report and arms are the ones that people and `predict` find."""
+    arguments = ["run", str(study), "--store", str(place / "store")]
+    runs = []
+    for override in ([], ["--set", "protocols.linear_probe.head_seeds=5"], []):
+        tiny.medssl(*arguments, *override)
+        runs.append(len(json.loads(store.read("studies/tiny/arms/random.json"))["evaluations"]))
+    assert runs == [2 * 2 * 3 + 2, 2 * 2 * 5 + 2, 2 * 2 * 3 + 2]
+
+
 def test_a_mended_label_recomputes_what_depends_on_it(place: Path, study: Path, store: Store, table: Path) -> None:
     before = finished(store)
     rows = pd.read_csv(table)
