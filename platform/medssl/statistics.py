@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 from itertools import combinations
 
 import numpy as np
@@ -202,7 +203,7 @@ def welch_from_summary(
         return WelchResult(difference, difference, difference, t, float("nan"), p, sizes)
     freedom = sum(squares) ** 2 / sum(v**2 / (n - 1) for v, n in zip(squares, sizes, strict=True))
     reach = float(stats.t.ppf(0.975, freedom)) * float(np.sqrt(sum(squares)))
-    alternative = "greater" if one_sided else "two-sided"
+    alternative: Literal["greater", "two-sided"] = "greater" if one_sided else "two-sided"
     test = stats.ttest_ind_from_stats(*first, *second, equal_var=False, alternative=alternative)
     t, p = float(test.statistic), float(test.pvalue)
     return WelchResult(difference, difference - reach, difference + reach, t, float(freedom), p, sizes)

@@ -44,7 +44,7 @@ mon data = {folder}/mon
 osd data = {folder}/osd
 osd objectstore = bluestore
 bluestore block create = true
-bluestore block size = 6442450944
+bluestore block size = 34359738368
 osd memory target = 939524096
 # A machine that stands still for a while must not make the only OSD doubt itself for minutes.
 osd heartbeat grace = 600
@@ -53,6 +53,9 @@ public addr = 127.0.0.1
 cluster addr = 127.0.0.1
 rgw frontends = beast endpoint=127.0.0.1:{gateway} tcp_nodelay=1
 rgw data = {folder}/rgw
+rgw gc obj min wait = 30
+rgw gc processor period = 30
+rgw gc processor max time = 30
 """
 
 
