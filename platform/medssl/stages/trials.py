@@ -14,7 +14,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -190,7 +190,8 @@ def _quiet() -> Iterator[None]:
     os.environ.update(settings)
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # it prints a line per trial at any verbosity
+            yield
     finally:
         logger.setLevel(level)
         for name, value in before.items():
