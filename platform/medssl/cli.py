@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Messages of MedsslError are one line on standard error, no traceback."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if getattr(arguments, "address", None) or os.environ.get("RAY_ADDRESS"):
+        _use_token()
     try:
         code = arguments.command(arguments)
         sys.stdout.flush()
@@ -33,6 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _use_token() -> None:
+    """Lets Ray answer a cluster that asks for a token, when the user has one; by itself it does so for local clusters only.
+
+    Ray reads the mode when it is imported, so this comes before everything else.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+    if "RAY_AUTH_TOKEN" in os.environ or Path(named).expanduser().is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,7 +62,8 @@ def _start(cpus: int, address: str | None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise MedsslError(
-                f"no Ray cluster answers at '{address}' ({reason}): check RAY_ADDRESS or leave it out"
+                f"no Ray cluster answers at '{address}' ({reason}): check RAY_ADDRESS; where the cluster asks for a token, set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             ) from None
         return
     ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
