@@ -140,6 +140,7 @@ def run_trials(
 ) -> list[dict[str, Any]]:
     """Runs a Tuner and returns the configuration of each trial."""
     resources = {"cpu": compute.trial_cpus, **({"gpu": compute.gpus_per_worker} if compute.gpus_per_worker else {})}
+    _keep_credentials_out()
     run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # never the name of an earlier try: Tune would take up its state
     with _storage(store, run_name) as (filesystem, root), _quiet():
         tuner = tune.Tuner(
@@ -171,6 +172,19 @@ def _storage(store: Store | None, run_name: str) -> Iterator[tuple[Any, str]]:
         yield retrying_filesystem(store.uri_of("tune"))
     finally:
         store.delete_prefix(f"tune/{run_name}/")
+
+
+def _keep_credentials_out() -> None:
+    """Stops Tune from putting the driver's AWS keys into its trials' runtime environment, which Ray writes to its logs.
+
+    Each node has credentials of its own, from its environment, profile or instance role. (There is no public switch; the
+    test that looks for a secret in Ray's folders fails should this stop working.)
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+        {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+    )
 
 
 @contextmanager
