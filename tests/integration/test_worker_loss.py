@@ -17,6 +17,7 @@ import pytest
 import tiny
 
 from medssl.artifacts import finished
+from medssl.datasets.dataset import open_dataset
 from medssl.errors import NonFiniteLoss
 from medssl.recipe_file import load
 from medssl.runner import Runner
@@ -126,3 +127,15 @@ def test_a_loss_that_is_not_finite_stops_once_and_leaves_no_bad_checkpoint(
             import numpy as np
 
             assert all(np.isfinite(t).all() for t in load_tensors(store.read(entry.key)).values())
+
+
+def test_a_streamed_pretraining_sees_every_step_on_every_rank(ray_session: None, dataset: str, tmp_path: Path) -> None:
+    """feeding: streaming, two ranks; Ray Data reads and decodes the shards anew in each epoch."""
+    store = open_store(str(tmp_path / "store"), create=True)
+    fields = recipe(dataset, 2, epochs=2) | {"images": {"decode_px": 32, "feeding": "streaming"}}
+    pretrain(fields, store)
+    found = history(store)
+    train = (open_dataset(dataset).index()["split"] == "train").sum()
+    assert found["step"].max() == 2 * (train // fields["arms"][0]["batch_size"])
+    assert (found.groupby(["rank", "step"]).size() == 1).all() and set(found["rank"]) == {0, 1}
+    assert found["loss"].notna().all()
