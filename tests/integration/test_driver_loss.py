@@ -39,8 +39,8 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running Ray cluster that is not the run's own; its address."""
+def cluster() -> Iterator[tuple[str, int]]:
+    """A running Ray cluster that is not the run's own; its address and its head's process id."""
     folder = Path("/tmp") / f"medssl-ray-{os.getpid()}"
     ray = str(Path(sys.executable).with_name("ray"))
     head = subprocess.Popen(
@@ -54,7 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             printed += line
             found = re.search(r"--address='([\d.]+:\d+)'", line)
             if found:
-                yield found.group(1)
+                yield found.group(1), head.pid
                 break
         else:
             pytest.fail(f"no Ray came up:\n{printed}")
@@ -66,11 +66,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         psutil.wait_procs(members, timeout=20)
 
 
-def training_workers(address: str | None, driver: int) -> list[psutil.Process]:
-    """Workers of the run: below the driver with a Ray of its own, anywhere on the machine when attached."""
-    found = psutil.process_iter() if address else iter(family(driver))
+def training_workers(root: int) -> list[psutil.Process]:
+    """Ray Train's workers below a process: the driver with a Ray of its own, or the head that it is attached to."""
     workers = []
-    for process in found:
+    for process in family(root) if psutil.pid_exists(root) else []:
         try:
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 workers.append(process)
@@ -108,14 +107,14 @@ def calm(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.mark.parametrize("attached", [False, True], ids=["own-ray", "attached"])
 def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: bool, request: pytest.FixtureRequest) -> None:
-    address = request.getfixturevalue("cluster") if attached else None
+    address, head = request.getfixturevalue("cluster") if attached else (None, 0)
     arguments = ["run", str(recipe), "--store", str(tmp_path / "store"), *(["--address", address] if address else [])]
     store = open_store(str(tmp_path / "store"), create=True)
     driver = subprocess.Popen(
         tiny.command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tiny.environment()
     )
     wait(lambda: any(step >= 4 for step in marked_steps(store)), "a checkpoint")
-    ours = family(driver.pid) + training_workers(address, driver.pid)
+    ours = family(driver.pid) + training_workers(head)
     assert any("RayTrainWorker" in " ".join(p.cmdline()) for p in alive(ours))
     driver.send_signal(signal.SIGKILL)
     driver.wait()
@@ -127,5 +126,5 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
     assert "pretrain" in again.stderr and "initialise" not in again.stderr
     assert {key: store.read(key) for key in before} == before
     assert losses(store) == losses(calm)
-    assert not training_workers(address, os.getpid())
+    assert not training_workers(head or os.getpid())
     assert finished(store) == finished(calm)
