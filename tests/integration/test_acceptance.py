@@ -20,7 +20,7 @@ import psutil
 import pytest
 import tiny
 
-from medssl.artifacts import finished
+from medssl.artifacts import finished, read_markers
 from medssl.store import Store, open_store
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.s3]
@@ -43,6 +43,13 @@ def store(s3_server: Any, images: Path) -> Store:
     return made
 
 
+def rates(store: Store) -> list[dict[str, Any]]:
+    """Images/s and share of time waiting for data of every finished pretraining."""
+    trained = read_markers(store, [name for name in finished(store) if name.startswith("pretrain-")]).values()
+    keys = ("steps", "images_per_second", "data_wait_share", "resumed_at_step")
+    return [{key: marker.facts[key] for key in keys if key in marker.facts} for marker in trained]
+
+
 def stages(names: set[str]) -> Counter[str]:
     return Counter(name.rpartition("-")[0] for name in names)
 
@@ -57,7 +64,7 @@ def test_the_laptop_study(store: Store, images: Path, tmp_path: Path) -> None:
         c for c in result["comparisons"]
         if c["test"] == "nested bootstrap" and (c["than"], c["protocol"]) == ("random", "linear_probe")
     )  # fmt: skip
-    print(f"{minutes:.1f} minutes; {claim}; {[(n, a['mean'], a['std'], a['n']) for n, a in arms.items()]}")
+    print(f"{minutes:.1f} minutes; {claim}; {[(n, a['mean'], a['std'], a['n']) for n, a in arms.items()]}; {rates(store)}")
     assert {name: arm["n"] for name, arm in arms.items()} == {"barlow_twins": 315, "random": 315, "colour": 105}
     assert claim["low"] > 0.03
     assert arms["barlow_twins"]["mean"] > arms["colour"]["mean"]
@@ -133,6 +140,7 @@ def test_streaming_ten_copies_through_a_small_object_store(
         stop.set()
         watcher.join()
     # flat: the second epoch takes no more than the first, give or take the allocator's slack
+    print(rates(store))
     middle = resident[len(resident) // 2][0]
     early, late = (max(size for at, size in resident if (at <= middle) is first) for first in (True, False))
     print(f"largest worker: {early / 2**20:.0f} MiB in the first half, {late / 2**20:.0f} MiB in the second")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,29 @@ def test_unusable_images_are_set_aside_with_the_reason(ray_session: Any, tmp_pat
     json.dumps(result.to_json())
 
 
+def test_a_refused_ingest_leaves_no_shard_of_a_task_that_was_still_at_work(ray_session: Any, tmp_path: Path) -> None:
+    """The first and the last of six shards have a pipe for an image, so that the test says when the one is refused and the other ends."""
+    table = make_table(tmp_path)
+    for number in range(1, 4):
+        (tmp_path / f"images/{number:04d}.jpg").write_bytes(b"gone")
+    bad, slow = (tmp_path / f"images/{number:04d}.jpg" for number in (0, 25))
+    whole = slow.read_bytes()
+    for path in (bad, slow):
+        path.unlink()
+        os.mkfifo(path)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, table, tmp_path / "out", shard_rows=5)
+        with slow.open("wb") as pipe:  # opens once the task reads
+            bad.write_bytes(b"gone")
+            wait([running], timeout=5)
+            was_over = running.done()
+            if not was_over:
+                pipe.write(whole)
+        with pytest.raises(TooManyRejected):
+            running.result()
+    assert not was_over and not tree(tmp_path / "out")
+
+
 def test_bad_input_loses_nothing_that_was_there(ray_session: Any, tmp_path: Path) -> None:
     table = make_table(tmp_path)
     run(table, tmp_path / "out")
@@ -259,9 +283,9 @@ def slow(path, rows, store):
     open(flag, "w").close()
     time.sleep(600)
     return entry
-def write_slowly(batch, *, store_uri):
+def write_slowly(batch, **options):
     shards._publish = slow
-    return write(batch, store_uri=store_uri)
+    return write(batch, **options)
 stage._write_shards = write_slowly
 ray.init(address=address, log_to_driver=False)
 stage.ingest(table, target, stage.IngestOptions(shard_rows=8))

@@ -220,6 +220,7 @@ def _run_shards(
     """All shards through Ray Data, results in shard order. Stops once the limit of rejected images is certainly
     passed.
     """
+    import ray
     import ray.data
 
     quiet_ray_data()
@@ -227,47 +228,71 @@ def _run_shards(
     items = [{"shard": number, "rows": _to_ipc(piece)} for number, piece in enumerate(pieces)]
     results: dict[int, ShardResult] = {}
     done = 0
+    refused: TooManyRejected | None = None
+    stop = ray.remote(num_cpus=0)(_Stop).remote()
     # one row per shard: Ray Data may bundle or split rows as it likes without changing a shard
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _write_shards,
         batch_size=1,
         batch_format="pyarrow",
-        fn_kwargs={"store_uri": store.uri},
+        fn_kwargs={"store_uri": store.uri, "stop": stop},
         num_cpus=1,
     )
     try:
         for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
+            if refused is not None:
+                continue  # a task still at work would write its shard after the cleaning: wait for all to be through
             number = batch["shard"][0].as_py()
             results[number] = pickle.loads(batch["result"][0].as_py())
             done += len(pieces[number])
             if on_progress:
                 on_progress(done, len(rows))
-            _check_rejected(results, len(rows), done, options.reject_limit)
-    except TooManyRejected:
-        _remove_unreferenced(store)
-        raise
+            refused = _too_many(results, len(rows), done, options.reject_limit)
+            if refused is not None:
+                ray.get(stop.set.remote())
     except Exception as error:
         raise user_error(error) from error
+    finally:
+        ray.kill(stop)
+    if refused is not None:
+        _remove_unreferenced(store)
+        raise refused
     return [results[number] for number in range(len(pieces))]
 
 
-def _write_shards(batch: pa.Table, *, store_uri: str) -> pa.Table:
+class _Stop:
+    """A Ray actor: tells tasks that have not begun that their shards are not wanted any more."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+def _write_shards(batch: pa.Table, *, store_uri: str, stop: Any) -> pa.Table:
     """The Ray Data task."""
+    import ray
     import torch
 
+    if ray.get(stop.is_set.remote()):
+        return pa.table({"shard": batch["shard"], "result": pa.nulls(len(batch), pa.binary())})
     torch.set_num_threads(1)  # a task has one CPU
     store = open_store(store_uri)
     results = [pickle.dumps(write_shard(_from_ipc(rows.as_py()), store)) for rows in batch["rows"]]
     return pa.table({"shard": batch["shard"], "result": pa.array(results, pa.binary())})
 
 
-def _check_rejected(results: dict[int, ShardResult], total: int, done: int, limit: float) -> None:
+def _too_many(results: dict[int, ShardResult], total: int, done: int, limit: float) -> TooManyRejected | None:
     rejected = [each for number in sorted(results) for each in results[number].rejected]
     if len(rejected) <= limit * total:
-        return
+        return None
     examples = "; ".join(f"{each.uri}: {each.reason}" for each in rejected[:3])
     seen = f"of {total:,}" if done == total else f"of the first {done:,} (of {total:,})"
-    raise TooManyRejected(
+    return TooManyRejected(
         f"{len(rejected):,} {seen} images cannot be used, more than the limit of {limit:.1%} of all ({examples}); "
         "nothing was published: mend the images, or raise --reject-limit",
         rejected,
