@@ -167,7 +167,7 @@ def test_unusable_images_are_set_aside_with_the_reason(ray_session: Any, tmp_pat
 
 
 def test_a_refused_ingest_leaves_no_shard_of_a_task_that_was_still_at_work(ray_session: Any, tmp_path: Path) -> None:
-    """The first and the last of six shards have a pipe for an image, so that the test says when the one is refused and the other ends."""
+    """The first and the last of six shards have a pipe: the test says when the one is refused and the other ends."""
     table = make_table(tmp_path)
     for number in range(1, 4):
         (tmp_path / f"images/{number:04d}.jpg").write_bytes(b"gone")
