@@ -14,7 +14,7 @@ from medssl import cli
 from medssl.datasets.synthetic import write_synthetic
 from medssl.recipe_file import load
 
-COMMANDS = ["quickstart", "ingest", "inspect", "run", "plan", "report", "init", "predict", "doctor", "bench"]
+COMMANDS = ["quickstart", "ingest", "inspect", "run", "plan", "report", "init", "predict", "export", "doctor", "bench"]
 
 
 def call(*arguments: str) -> int:
@@ -53,6 +53,8 @@ def minimal(tmp_path: Path, **changes: Any) -> str:
         (["ingest", "{recipe}", "--to", "{tmp}/d", "--key-file", "k"], ["--pseudonymise"]),
         (["predict", "arm", "x.jpg", "--out", "{tmp}/p.csv", "--store", "{tmp}"], ["no arm 'arm'"]),
         (["predict", "arm", "x.jpg", "--out", "{tmp}/p.txt", "--store", "{tmp}"], [".csv or .parquet"]),
+        (["export", "arm", "--format", "timm", "--out", "{tmp}/e.safetensors", "--store", "{tmp}"], ["no arm 'arm'"]),
+        (["export", "arm", "--format", "onnx", "--out", "{tmp}/e.pth", "--store", "{tmp}"], ["end it in .onnx"]),
         (["bench", "--images", "3"], ["16 images or more"]),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from medssl.errors import DataError
-from medssl.images import decode, load, perceptual_hash, probe
+from medssl.images import Depth, decode, load, perceptual_hash, probe
 
 
 def smooth(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -78,25 +78,31 @@ def test_grey_png_with_few_bits(bits: int) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_16_bit_png_is_scaled_not_clipped(channels: int) -> None:
     samples = np.linspace(0, 65535, 16 * 16 * channels).astype(np.uint16).reshape(16, 16, channels)
-    pixels, facts = load(png16(samples))
+    pixels, facts = load(png16(samples), depth="detector")
     colours = samples[:, :, : 3 if channels >= 3 else 1]
     assert np.abs(pixels - colours / 257.0).max() <= 0.5
     assert facts.bits == 16 and len(np.unique(pixels)) > 80
 
 
-def test_16_bit_tiff_equals_16_bit_png() -> None:
+@pytest.mark.parametrize("depth", ["window", "detector"])
+def test_16_bit_tiff_equals_16_bit_png(depth: Depth) -> None:
     samples = np.random.default_rng(0).integers(0, 65536, (20, 30), dtype=np.uint16)
     tiff = encoded(Image.fromarray(samples), "TIFF")
-    assert np.array_equal(load(tiff)[0], load(png16(samples))[0])
+    assert np.array_equal(load(tiff, depth=depth)[0], load(png16(samples), depth=depth)[0])
     assert probe(tiff).bits == 16
 
 
-def test_16_bit_tiff_with_white_at_zero_is_inverted() -> None:
-    tifffile = pytest.importorskip("tifffile")
-    samples = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+def tiff(samples: np.ndarray, **options: object) -> bytes:
     out = io.BytesIO()
-    tifffile.imwrite(out, samples, photometric="miniswhite")
-    assert np.abs(load(out.getvalue())[0][:, :, 0] - (255 - samples / 257.0)).max() <= 0.5
+    pytest.importorskip("tifffile").imwrite(out, samples, **options)
+    return out.getvalue()
+
+
+def test_16_bit_tiff_with_white_at_zero_is_inverted() -> None:
+    samples = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    stored = tiff(samples, photometric="miniswhite")
+    assert np.abs(load(stored, depth="detector")[0][:, :, 0] - (255 - samples / 257.0)).max() <= 0.5
+    assert np.array_equal(load(stored)[0], 255 - load(tiff(samples, photometric="minisblack"))[0])
 
 
 @pytest.mark.parametrize(
@@ -104,8 +110,96 @@ def test_16_bit_tiff_with_white_at_zero_is_inverted() -> None:
 )
 def test_detector_depth(largest: int, significant: int | None, full: int) -> None:
     samples = np.linspace(0, largest, 400).astype(np.uint16).reshape(20, 20)
-    pixels = load(png16(samples, significant))[0][:, :, 0]
+    pixels = load(png16(samples, significant), depth="detector")[0][:, :, 0]
     assert np.abs(pixels - samples * 255.0 / full).max() <= 0.5
+
+
+def radiograph(seed: int = 0) -> np.ndarray:
+    """12-bit samples of a narrow range, as detectors give them: 700 to 1700 of 0 to 4095."""
+    return (smooth(64, 64, 1, seed)[:, :, 0] * (1000 / 255) + 700).astype(np.uint16)
+
+
+def levels(samples: np.ndarray, depth: Depth = "window") -> int:
+    return len(np.unique(load(png16(samples), depth=depth)[0]))
+
+
+def test_a_narrow_range_keeps_its_levels() -> None:
+    narrow = radiograph()
+    assert levels(narrow, "detector") < 140 < 200 < levels(narrow)
+    assert np.all(np.diff(load(png16(np.sort(narrow, axis=None)[None]))[0][0, :, 0].astype(int)) >= 0)
+    pixels = load(png16(narrow))[0]
+    assert pixels.min() == 0 and pixels.max() == 255
+
+
+def test_borders_and_burnt_in_marks_do_not_flatten_a_radiograph() -> None:
+    marked = radiograph()
+    plain = load(png16(marked[8:, 4:]))[0]
+    marked[:8], marked[:, :4] = 65535, 0
+    assert levels(marked, "detector") < 10 and levels(marked) > 200
+    pixels = load(png16(marked))[0]
+    assert np.array_equal(pixels[8:, 4:], plain)
+    assert (pixels[:8, 4:] == 255).all() and (pixels[8:, :4] == 0).all()
+
+
+def test_neither_offset_nor_shift_nor_neighbouring_depths_change_a_windowed_image() -> None:
+    samples = radiograph()
+    pixels = load(png16(samples))[0]
+    assert np.array_equal(load(png16(samples + 30000))[0], pixels)
+    assert np.abs(load(png16(samples * 16))[0].astype(int) - pixels).max() <= 1  # 12 bits in the upper 12 of 16
+    # A largest sample of 1023 or 1024 makes a factor of 4 by the detector's depth, and none by the window.
+    low, high = (np.linspace(1, largest, 4096).astype(np.uint16).reshape(64, 64) for largest in (1023, 1024))
+    assert np.abs(load(png16(low))[0].astype(int) - load(png16(high))[0]).max() <= 1
+    assert load(png16(high), depth="detector")[0].max() < 70
+
+
+def test_one_sample_in_a_thousand_is_clipped_at_either_end() -> None:
+    samples = np.arange(1, 10_001, dtype=np.uint16).reshape(100, 100)
+    samples[0, 0], samples[-1, -1] = 0, 65535  # these don't count: 9,998 samples do, of which 9 lie below and 10 above
+    expected = np.clip((samples.astype(float) - 11) / (9990 - 11), 0, 1) * 255
+    assert np.abs(load(png16(samples))[0][:, :, 0] - expected).max() <= 0.75
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [((0, 5), (0, 255)), ((0, 65535), (0, 255)), ((700, 700), (174, 174)), ((0, 0), (0, 0))]
+)
+def test_masks_and_blank_images(values: tuple[int, int], expected: tuple[int, int]) -> None:
+    samples = np.full((8, 8), values[0], np.uint16)
+    samples[3:5] = values[1]
+    pixels = load(png16(samples))[0]
+    assert (pixels[0, 0, 0], pixels[3, 0, 0]) == expected
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_16_bit_colour_tiff_keeps_both_bytes(channels: int, order: str, compression: str | None) -> None:
+    """PIL alone keeps the high byte: 16 levels of a 12-bit camera."""
+    samples = np.random.default_rng(1).integers(0, 4096, (20, 30, channels), dtype=np.uint16)
+    extra = {"extrasamples": ["unassalpha"]} if channels == 4 else {}
+    stored = tiff(samples, photometric="rgb", byteorder=order, compression=compression, **extra)
+    pixels, facts = load(stored)
+    assert np.array_equal(pixels, load(png16(samples))[0])
+    assert np.abs(pixels - samples[:, :, :3] * (255 / 4095)).max() <= 0.5
+    assert (facts.channels, facts.bits) == (3, 16)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_signed_tiff(order: str) -> None:
+    """Hounsfield units: air, water, bone."""
+    samples = np.linspace(-1000, 3000, 10_000).astype(np.int16).reshape(100, 100)
+    stored = tiff(samples, photometric="minisblack", byteorder=order)
+    expected = (samples.astype(float) + 1000) * 255 / 4000
+    assert np.abs(load(stored)[0][:, :, 0] - expected).max() <= 1
+    assert np.abs(load(stored, depth="detector")[0][:, :, 0] - (samples.astype(float) + 1000) * 255 / 4095).max() <= 0.5
+
+
+def test_depth_reaches_decode_and_unknown_ones_are_refused() -> None:
+    data = png16(radiograph())
+    for depth in ("window", "detector"):
+        out = decode(data, px=64, resize="squash", channels=1, depth=depth)
+        assert np.array_equal(out, load(data, depth=depth)[0])
+    with pytest.raises(DataError, match="depth is 'auto': choose window or detector"):
+        load(data, depth="auto")  # type: ignore[arg-type]
 
 
 def test_float_tiff_is_refused_with_advice() -> None:

@@ -162,9 +162,9 @@ def test_stream_feed_gives_every_rank_as_much_in_another_order_each_epoch(
         for epoch in range(2):
             batches = list(feed.batches(epoch))
             assert len(batches) == feed.steps_per_epoch == len(train) // 8
-            assert all(images.shape == (4, PX, PX, 3) for images, _ in batches)
+            assert all(images.shape == (4, PX, PX, 3) for images, *_ in batches)
             epochs.append(
-                [(int(r), i.numpy().tobytes()) for images, rows in batches for i, r in zip(images, rows, strict=True)]
+                [(int(r), i.numpy().tobytes()) for images, rows, *_ in batches for i, r in zip(images, rows, strict=True)]
             )
         return epochs
 

@@ -20,6 +20,7 @@ from medssl.views import (
     ViewParams,
     augment,
     draw,
+    draw_cutout,
     eval_view,
     generator_for,
     normalise,
@@ -253,6 +254,69 @@ def test_augment_normalises() -> None:
     images = pictures()
     found = augment(to_unit(images), draws_of(NOTHING, images), NOTHING, encoder)
     torch.testing.assert_close(found, normalise(to_unit(images), encoder), rtol=0, atol=1e-4)
+
+
+def test_draws_of_today_stay() -> None:
+    """Numbers taken before cutout and small crops existed: finished artifacts were made with these draws."""
+    draws = draw(ViewParams(), 1, 3, 40, 60, generator_for("views", 7, 11, 1))
+    expected = {
+        "centre_x": [0.542468, 0.388339, 0.482394],
+        "centre_y": [0.504156, 0.469448, 0.45831],
+        "width": [-0.858321, -0.508117, -0.676109],
+        "height": [-0.985374, 0.933495, 0.91118],
+        "angle": [0, 0, 0],
+        "brightness": [1, 0.810359, 0.837411],
+        "contrast": [1, 1.281384, 1.196483],
+        "saturation": [1, 0.960009, 0.874835],
+        "hue": [0, -0.334936, 0.531538],
+        "grey": [0, 0, 0],
+        "blur": [0, 0, 0],
+        "blur_sigma": [1.741399, 1.261899, 0.656434],
+        "solarise": [1, 0, 0],
+        "solarise_threshold": [0.5, 0.5, 0.5],
+        "solarise_addition": [0, 0, 0],
+    }
+    assert list(draws._asdict()) == list(expected)
+    for name, values in draws._asdict().items():
+        assert values.tolist() == pytest.approx(expected[name], abs=2e-6), name
+    first, second = TwoViews(ViewParams(), EncoderParams(image_px=32))(pictures(), seed=7, step=11)
+    assert first.mean((1, 2, 3)).tolist() == pytest.approx([0.14722, -0.22781, 0.08575, 0.57023, 0.28335, -0.6297], abs=1e-4)
+    assert second.std((1, 2, 3)).tolist() == pytest.approx([0.67548, 0.71135, 1.31653, 0.70693, 1.05092, 1.20493], abs=1e-4)
+
+
+def test_cutout_is_a_centred_rectangle_of_the_sizes_asked_for() -> None:
+    encoder = EncoderParams(image_px=256, channels=1, mean=(0.0,), std=(1.0,))
+    white = torch.full((100, 32, 32, 1), 255, dtype=torch.uint8)
+    black = RandomView(changed(cutout=1), encoder)(white, seed=3, step=5)[:, 0] == 0
+    columns, rows = black.any(1), black.any(2)
+    widths, heights = columns.sum(1), rows.sum(1)
+    assert torch.equal(black.sum((1, 2)), widths * heights)  # solid
+    assert 50 <= int(widths.min()) <= 55 and 95 <= int(widths.max()) <= 100  # paper 000 at 256 px
+    assert int(heights.min()) == 185 and int(heights.max()) == 190
+    assert float(widths.float().mean()) == pytest.approx(75, abs=5) and len(widths.unique()) > 20
+    for flags, sizes in ((columns, widths), (rows, heights)):
+        assert torch.equal(flags.int().argmax(1), (256 - sizes) // 2)  # centred
+    small = RandomView(changed(cutout=1), encoder.model_copy(update={"image_px": 64}))(white, seed=3, step=5)[:, 0] == 0
+    torch.testing.assert_close(small.any(1).sum(1) / 64, widths / 256, rtol=0, atol=0.009)  # shares of any view
+
+
+def test_cutout_has_its_probability_and_leaves_all_else_as_it_is() -> None:
+    images = pictures(60)
+    for view in range(2):
+        plain, cut = (RandomView(ViewParams(cutout=p), PLAIN, view)(images, seed=3, step=5) for p in (0, 0.33))
+        hidden = draw_cutout(ViewParams(cutout=0.33), 60, generator_for("cutout", 3, 5, view)).hidden.bool()
+        assert torch.equal((plain != cut).flatten(1).any(1), hidden)
+    flags = draw_cutout(ViewParams(cutout=0.33), 4000, generator_for("cutout", 3, 5, 0)).hidden
+    assert float(flags.mean()) == pytest.approx(0.33, abs=0.03)
+
+
+def test_cutout_comes_before_colours_and_is_black_before_normalisation() -> None:
+    images = pictures()
+    centre = made(changed(cutout=1, solarise=(1, 1), solarise_threshold=(0, 0)), images)[:, :, 15:17, 15:17]
+    assert bool((centre == 1).all())  # black, then inverted
+    encoder = EncoderParams(image_px=32)
+    found = RandomView(changed(cutout=1), encoder)(images, seed=3, step=5)[:, :, 16, 16]
+    torch.testing.assert_close(found, (-torch.tensor(encoder.mean) / torch.tensor(encoder.std)).expand(6, -1))
 
 
 def test_view_sheet() -> None:

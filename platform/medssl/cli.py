@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("dataset", help="URI of the dataset")
     sub.add_argument("--out", default="study.yaml", help="file to write (default: study.yaml)")
     _add_predict(command("predict", _predict, "apply a finished arm to new images"))
+    _add_export(command("export", _export, "write a finished arm's encoder for other programs, with a model card"))
     sub = command("doctor", _doctor, "check what a run needs")
     sub.add_argument("--store", help="also check this store")
     sub = command("bench", _bench, "measure images/s of ingest, feed and step")
@@ -129,6 +130,17 @@ def _add_predict(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--pretraining-seed", type=int, default=0, help="which encoder (default: 0)")
     sub.add_argument("--label-draw", type=int, default=0, help="which label draw (default: 0)")
     sub.add_argument("--seed", type=int, default=0, help="which head seed (default: 0)")
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    formats = ("timm", "torchvision", "safetensors", "onnx")
+    sub.add_argument("arm", help="name of an arm of a finished study")
+    sub.add_argument("--format", required=True, choices=formats, help="what the file is for; safetensors is medssl's own")
+    sub.add_argument("--out", required=True, help="file to write; its model card goes beside it, named FILE.card.md")
+    sub.add_argument("--store", help=_STORE_HELP)
+    sub.add_argument("--study", help="the study, where several in the store have such an arm")
+    sub.add_argument("--seed", type=int, default=0, help="which pretraining seed's encoder (default: 0)")
+    sub.add_argument("--json", action="store_true", help="print the result for machines")
 
 
 def _store_uri(given: str | None) -> str:
@@ -263,6 +275,17 @@ def _predict(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     print(written.to_text())
     return 1 if written.rejected else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from medssl.stages.export import export
+
+    written = export(
+        arguments.arm, arguments.format, Path(arguments.out), store_uri=_store_uri(arguments.store), study=arguments.study,
+        pretraining_seed=arguments.seed,
+    )  # fmt: skip
+    print(json.dumps(written.to_json()) if arguments.json else written.to_text())
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -109,6 +109,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank_index() -> int:
+    """This process's rank in the default group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def barrier() -> None:
     """Waits until every rank is here."""
     if world_size() > 1:
@@ -122,6 +127,15 @@ def agree_largest(value: int, device: torch.device) -> int:
     shared = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return int(shared.item())
+
+
+def largest_over_ranks(value: Tensor) -> Tensor:
+    """Elementwise maximum over the ranks, on every rank; without a gradient."""
+    if world_size() == 1:
+        return value.detach()
+    largest = value.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
 
 
 class _AllReduce(torch.autograd.Function):

@@ -1,22 +1,33 @@
 """Bytes -> pixels: JPEG, PNG and TIFF with 8 or 16 bits, grey, palette, colour or with transparency.
 
 JPEG and PNG go through torchvision's decoder (about twice PIL's speed per core), TIFF through PIL. Shapes: H height,
-W width, C channels, all arrays uint8 and (H, W, C).
+W width, C channels; what callers get is uint8 and (H, W, C).
 
-Depth: 16-bit images are scaled to 8 bits by the depth of their detector, not clipped. A PNG says it in its sBIT
-    chunk; where
-nothing says it, it is the smallest of 10, 12, 14 and 16 bits that holds the largest value, as 12-bit detectors write
-0..4095 into 16-bit files. Transparency is dropped (the stored colours are what the camera saw). Palettes are
-expanded. EXIF orientation is applied, so pixels are as a viewer shows them. Formats are told by signature, not by
-file name.
+Depth: 16-bit images become 8-bit ones here, once, by one of two rules (:data:`Depth`). Views, caches and encoders see
+256 levels, so the rule decides how much of a radiograph is left.
+
+- `window`, the default, spreads what the image holds: from the smallest to the largest sample but for 1 in 1000 at
+  either end, which is clipped. Samples of exactly 0 and 65535 don't count where there are others: collimated borders,
+  padding and burnt-in marks have these values, and one mark would otherwise leave a 12-bit radiograph 16 levels. So
+  images of 10, 12 or 14 bits, with or without an offset, all keep 256 levels, whatever their neighbours hold; what is
+  lost is the absolute intensity, which is arbitrary in radiographs (exposure) and most MR images.
+- `detector` keeps it, for calibrated images such as CT: 0 to the detector's full scale. A PNG says its depth in its
+  sBIT chunk; where nothing says it, it is the smallest of 10, 12, 14 and 16 bits that holds the largest sample.
+  Signed samples are counted from the smallest.
+
+Colour images take `detector` under either name: stretched channels would be other colours.
+
+Transparency is dropped (the stored colours are what the camera saw). Palettes are expanded. EXIF orientation is
+applied, so pixels are as a viewer shows them. Formats are told by signature, not by file name.
 """
 
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +35,7 @@ from numpy.typing import NDArray
 from medssl.errors import DataError
 from medssl.metadata import (
     ImageFormat,
+    TiffTag,
     jpeg_orientation,
     jpeg_segments,
     png_chunks,
@@ -36,15 +48,22 @@ from medssl.metadata import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ImageFacts", "Resize", "decode", "load", "perceptual_hash", "probe", "strip_metadata"]
+__all__ = ["DECODER", "Depth", "ImageFacts", "Resize", "decode", "load", "perceptual_hash", "probe", "strip_metadata"]
 
 Resize = Literal["squash", "crop", "pad"]
+Depth = Literal["window", "detector"]
+"""How 16 bits become 8; the text at the top of this file tells both."""
 Pixels = NDArray[np.uint8]
+
+DECODER = 2
+"""Raised when the pixels of a stored image change, so that none decoded before are taken for them. 2: `window`."""
 
 MAX_PIXELS = 150_000_000
 """Larger images are refused: one would need over 450 MB decoded (and a small file can claim any size)."""
 
 _DETECTOR_BITS = (10, 12, 14, 16)
+_CLIPPED_ONE_IN = 1000
+"""Of the samples that count, one in this many is clipped at either end of a window."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +80,18 @@ class ImageFacts:
     """Bits of a stored sample: 8 (also for 1, 2 and 4) or 16."""
 
 
-def load(data: bytes) -> tuple[Pixels, ImageFacts]:
-    """Decodes in full at the stored size: (H, W, C) uint8 with C 1 or 3, and the facts. DataError says why not."""
+def load(data: bytes, *, depth: Depth = "window") -> tuple[Pixels, ImageFacts]:
+    """Decodes in full at the stored size: (H, W, C) uint8 with C 1 or 3, and the facts. DataError says why not.
+
+    `depth` is how 16-bit samples become 8-bit ones; images of 8 bits come as they are stored.
+    """
+    if depth not in ("window", "detector"):
+        raise DataError(f"depth is {depth!r}: choose window or detector")
     kind = sniff_format(data)
-    pixels, bits = {"jpeg": _load_jpeg, "png": _load_png, "tiff": _load_tiff}[kind](data)
+    stored = {"jpeg": _load_jpeg, "png": _load_png, "tiff": _load_tiff}[kind](data)
+    pixels = stored.samples if stored.samples.dtype == np.uint8 else _to_8_bits(stored, depth)
     height, width, channels = pixels.shape
-    return pixels, ImageFacts(kind, width, height, channels, bits)
+    return pixels, ImageFacts(kind, width, height, channels, stored.bits)
 
 
 def probe(data: bytes) -> ImageFacts:
@@ -74,15 +99,16 @@ def probe(data: bytes) -> ImageFacts:
     return load(data)[1]
 
 
-def decode(data: bytes, *, px: int, resize: Resize, channels: int = 3) -> Pixels:
+def decode(data: bytes, *, px: int, resize: Resize, channels: int = 3, depth: Depth = "window") -> Pixels:
     """Decodes to (px, px, channels) uint8 with antialiased bilinear resizing.
 
     `resize`: "squash" ignores the aspect ratio, "crop" keeps the centre square, "pad" adds black bars.
     `channels`: 3 repeats grey images, 1 takes the luminance of colour ones (ITU-R 601, as PIL's "L").
+    `depth`: how 16-bit samples become 8-bit ones, before the resizing.
     """
     if channels not in (1, 3):
         raise DataError(f"channels is {channels}: choose 1 or 3")
-    pixels, _ = load(data)
+    pixels, _ = load(data, depth=depth)
     if channels == 1:
         pixels = _to_grey(pixels)
     if resize == "crop":
@@ -145,13 +171,60 @@ def _pad(pixels: Pixels, px: int) -> Pixels:
     return canvas
 
 
-def _to_8_bits(samples: NDArray[np.uint16], bits: int | None) -> Pixels:
-    """16-bit samples to 8 bits by the detector's depth, rounded."""
-    largest = int(samples.max(initial=0))
-    if bits is None or largest >= 1 << bits:
-        bits = next(bits for bits in _DETECTOR_BITS if largest < 1 << bits)
-    full = (1 << bits) - 1
-    return ((samples.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
+# --------------------------------------------------------------------------------------------------------------- depth
+
+
+class _Stored(NamedTuple):
+    """An image as its file holds it."""
+
+    samples: NDArray[Any]
+    """(H, W, C) uint8 or uint16."""
+    bits: int
+    """Of a stored sample: 8 or 16."""
+    significant: int | None = None
+    """Bits that the detector fills, where the file says so."""
+    inverted: bool = False
+    """Whether white is zero."""
+    signed: bool = False
+    """Whether the samples were signed; they come with 32768 added."""
+
+
+def _to_8_bits(stored: _Stored, depth: Depth) -> Pixels:
+    samples: NDArray[np.uint16] = stored.samples
+    limits = _window(samples) if depth == "window" and samples.shape[2] == 1 else None
+    if limits is None:
+        low = int(samples.min(initial=65535)) if stored.signed else 0
+        limits = low, low + _full_scale(int(samples.max(initial=low)) - low, stored.significant)
+    low, high = limits
+    # A table of all 65,536 levels is faster than arithmetic on each pixel, and rounds the same everywhere.
+    levels = np.clip(np.arange(65536, dtype=np.int64), low, high) - low
+    table = ((levels * 255 + (high - low) // 2) // (high - low)).astype(np.uint8)
+    pixels: Pixels = table[samples]
+    return 255 - pixels if stored.inverted else pixels
+
+
+def _full_scale(largest: int, significant: int | None) -> int:
+    """The largest sample a detector could have given."""
+    if significant is None or largest >= 1 << significant:
+        significant = next(bits for bits in _DETECTOR_BITS if largest < 1 << bits)
+    return (1 << significant) - 1
+
+
+def _window(samples: NDArray[np.uint16]) -> tuple[int, int] | None:
+    """The samples that become 0 and 255; None when all are the same."""
+    counts = np.bincount(samples.ravel(), minlength=65536)
+    present = np.flatnonzero(counts)
+    if len(present) < 2:
+        return None
+    inner = counts.copy()
+    inner[[0, -1]] = 0  # borders and marks
+    if inner.any():
+        below = inner.cumsum()
+        low = int(np.argmax(below * _CLIPPED_ONE_IN > below[-1]))
+        high = int(np.argmax(below * _CLIPPED_ONE_IN >= below[-1] * (_CLIPPED_ONE_IN - 1)))
+        if low < high:
+            return low, high
+    return int(present[0]), int(present[-1])  # a mask, or hardly more
 
 
 # ------------------------------------------------------------------------------------------------------------ decoders
@@ -178,7 +251,7 @@ def _reason(error: Exception) -> str:
     return f"cannot be decoded: {text.rsplit(': ', 1)[-1][:120]}"
 
 
-def _load_jpeg(data: bytes) -> tuple[Pixels, int]:
+def _load_jpeg(data: bytes) -> _Stored:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     frame = next(
@@ -195,10 +268,10 @@ def _load_jpeg(data: bytes) -> tuple[Pixels, int]:
         image_CHW = decode_jpeg(_as_tensor(data), mode=mode, apply_exif_orientation=jpeg_orientation(data) != 1)
     except RuntimeError as error:
         raise DataError(_reason(error)) from None
-    return _rows_columns_channels(image_CHW), 8
+    return _Stored(_rows_columns_channels(image_CHW), 8)
 
 
-def _load_png(data: bytes) -> tuple[Pixels, int]:
+def _load_png(data: bytes) -> _Stored:
     import torch
     from torchvision.io import ImageReadMode, decode_png
 
@@ -218,19 +291,17 @@ def _load_png(data: bytes) -> tuple[Pixels, int]:
     except RuntimeError as error:
         raise DataError(_reason(error)) from None
     image_CHW = image_CHW[: 3 if image_CHW.shape[0] >= 3 else 1]  # drops transparency
-    if image_CHW.dtype != torch.uint8:
-        significant = max(bytes(chunks[b"sBIT"])[: image_CHW.shape[0]]) if chunks.get(b"sBIT") else None
-        return _to_8_bits(image_CHW.permute(1, 2, 0).contiguous().numpy(), significant), 16
-    return _rows_columns_channels(image_CHW), 16 if depth == 16 else 8
+    significant = None
+    if image_CHW.dtype != torch.uint8 and chunks.get(b"sBIT"):
+        significant = max(bytes(chunks[b"sBIT"])[: image_CHW.shape[0]])
+    return _Stored(_rows_columns_channels(image_CHW), 16 if depth == 16 else 8, significant)
 
 
-def _rows_columns_channels(image_CHW: torch.Tensor) -> Pixels:
-    return np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy())
+def _rows_columns_channels(image_CHW: torch.Tensor) -> NDArray[Any]:
+    return np.ascontiguousarray(image_CHW.permute(1, 2, 0).contiguous().numpy())
 
 
-def _load_tiff(data: bytes) -> tuple[Pixels, int]:
-    from PIL import Image
-
+def _load_tiff(data: bytes) -> _Stored:
     tags = tiff_tags(data)
     if 256 not in tags or 257 not in tags:
         raise DataError("damaged: the TIFF does not say its size")
@@ -238,26 +309,47 @@ def _load_tiff(data: bytes) -> tuple[Pixels, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of sizes that _check_size has let pass, and of odd tags
-            with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
-                image.load()  # applies the orientation tag
-                return _from_pil(image, tags, data)
+            return _from_pil(data, tags)
     except DataError:
         raise
     except Exception as error:  # PIL raises nearly anything on damaged files
         raise DataError(_reason(error)) from None
 
 
-def _from_pil(image: Any, tags: dict[int, Any], data: bytes) -> tuple[Pixels, int]:
+def _from_pil(data: bytes, tags: dict[int, TiffTag]) -> _Stored:
+    image, raw_mode = _opened_tiff(data)
+    bits = max(tiff_numbers(data, tags[258])) if 258 in tags else 1
+    inverted = 262 in tags and tiff_numbers(data, tags[262])[0] == 0  # white is zero; PIL inverts 8-bit pixels only
     if image.mode.startswith("I;16"):
-        samples = np.asarray(image).astype(np.uint16)
-        if 262 in tags and tiff_numbers(data, tags[262])[0] == 0:  # white is zero; PIL inverts 8-bit pixels only
-            pixels = 255 - _to_8_bits(samples, None)
-        else:
-            pixels = _to_8_bits(samples, None)
-        return pixels[:, :, None], 16
+        return _Stored(np.asarray(image).astype(np.uint16)[:, :, None], 16, inverted=inverted)
+    if image.mode == "I" and bits == 16:
+        samples = (np.asarray(image) + 32768).astype(np.uint16)
+        return _Stored(samples[:, :, None], 16, inverted=inverted, signed=True)
     if image.mode in ("F", "I"):
         raise DataError("a TIFF with floating-point or 32-bit samples: convert it to 8 or 16 bits first")
+    if bits == 16 and raw_mode.startswith(("RGB;16", "RGBX;16", "RGBA;16")):
+        low, _ = _opened_tiff(data, low_bytes=True)
+        high_HWC, low_HWC = (np.asarray(part)[:, :, :3].astype(np.uint16) for part in (image, low))
+        return _Stored(high_HWC << 8 | low_HWC, 16)
     grey = image.mode in ("1", "L", "LA", "La")
-    bits = max(tiff_numbers(data, tags[258])) if 258 in tags else 1
     pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    return (pixels[:, :, None] if grey else pixels), 16 if bits > 8 else 8
+    return _Stored(pixels[:, :, None] if grey else pixels, 16 if bits > 8 else 8)
+
+
+def _opened_tiff(data: bytes, low_bytes: bool = False) -> tuple[Any, str]:
+    """PIL's image, loaded and upright, and the layout of its samples.
+
+    PIL keeps the high byte of 16-bit colours alone, which leaves 16 levels of 12 bits. Told that the samples have the
+    other byte order, it keeps the low one (`low_bytes`).
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
+        tiles: list[Any] = list(image.tile)  # (decoder, extents, offset, (layout, ...))
+        raw_mode = str(tiles[0].args[0])
+        if low_bytes:
+            order = raw_mode[-1] if raw_mode[-1] != "N" else {"little": "L", "big": "B"}[sys.byteorder]
+            other = raw_mode[:-1] + {"L": "B", "B": "L"}[order]
+            image.tile = [tile._replace(args=(other, *tile.args[1:])) for tile in tiles]
+        image.load()  # applies the orientation tag
+        return image, raw_mode

@@ -40,14 +40,19 @@ class OptimiserParams(Params):
 class ScheduleParams(Params):
     """Learning rate over the steps of one training."""
 
-    name: Literal["warmup_cosine", "one_cycle", "constant"] = "warmup_cosine"
-    """one_cycle: start at peak/25, up over `warmup_share`, down to peak/1e5, momentum inverse."""
+    name: Literal["warmup_cosine", "one_cycle", "constant", "step"] = "warmup_cosine"
+    """one_cycle: start at peak/25, up over `warmup_share`, down to peak/1e5, momentum inverse. step: times `step_factor` after
+    every `step_epochs`."""
     warmup_epochs: float = Field(0.0, ge=0)
     """Linear warm-up of warmup_cosine."""
     warmup_share: float = Field(0.25, ge=0, lt=1)
     """Share of one_cycle's steps that go up."""
     final_factor: float = Field(0.001, ge=0, le=1)
     """Final learning rate of warmup_cosine as a share of the peak."""
+    step_epochs: float = Field(30.0, gt=0)
+    """Epochs between the drops of step."""
+    step_factor: float = Field(0.1, gt=0, le=1)
+    """What step multiplies the learning rate with at each drop."""
     momentum_high: float = Field(0.95, ge=0, lt=1)
     """one_cycle's momentum (first beta) where the learning rate is lowest; replaces the optimiser's."""
     momentum_low: float = Field(0.85, ge=0, lt=1)
@@ -112,22 +117,28 @@ class LARS(torch.optim.Optimizer):
         parameter.add_(velocity, alpha=-group["lr"])
 
 
-def parameter_groups(module: nn.Module, params: OptimiserParams) -> list[dict[str, Any]]:
-    """Weights, then one-dimensional parameters (without decay, at the bias rate). `peak` is the group's peak rate."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    weights = [p for p in trained if p.ndim > 1]
-    flat = [p for p in trained if p.ndim <= 1]
+def parameter_groups(module: nn.Module, params: OptimiserParams, constant: Iterable[Tensor] = ()) -> list[dict[str, Any]]:
+    """Weights, then one-dimensional parameters (without decay, at the bias rate); then the same two of the parameters in
+    `constant`, whose rate no schedule moves. `peak` is the group's peak rate.
+    """
+    still = {id(p) for p in constant}
     bias_rate = params.learning_rate if params.bias_learning_rate is None else params.bias_learning_rate
-    groups = [
-        {"params": weights, "weight_decay": params.weight_decay, "lr": params.learning_rate, "adapt": True},
-        {"params": flat, "weight_decay": 0.0, "lr": bias_rate, "adapt": False},
-    ]
+    groups: list[dict[str, Any]] = []
+    for fixed in (False, True):
+        trained = [p for p in module.parameters() if p.requires_grad and (id(p) in still) == fixed]
+        weights, flat = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        decay, rate = params.weight_decay, params.learning_rate
+        groups.append({"params": weights, "weight_decay": decay, "lr": rate, "adapt": True, "constant": fixed})
+        groups.append({"params": flat, "weight_decay": 0.0, "lr": bias_rate, "adapt": False, "constant": fixed})
     return [{**group, "peak": group["lr"]} for group in groups if group["params"]]
 
 
-def build_optimiser(module: nn.Module, params: OptimiserParams) -> torch.optim.Optimizer:
-    """The optimiser of `params` over the module's trained parameters."""
-    groups, rate, betas = parameter_groups(module, params), params.learning_rate, (params.momentum, params.second_momentum)
+def build_optimiser(
+    module: nn.Module, params: OptimiserParams, constant: Iterable[Tensor] = ()
+) -> torch.optim.Optimizer:
+    """The optimiser of `params` over the module's trained parameters; no schedule moves the rate of those in `constant`."""
+    groups, rate = parameter_groups(module, params, constant), params.learning_rate
+    betas = (params.momentum, params.second_momentum)
     if params.name == "lars":
         return LARS(groups, rate, momentum=params.momentum, trust_coefficient=params.trust_coefficient)
     if params.name == "sgd":
@@ -176,13 +187,15 @@ def scheduled(params: ScheduleParams, step: int, total_steps: int, steps_per_epo
     if params.name == "warmup_cosine":
         warmup_steps = params.warmup_epochs * steps_per_epoch
         return Rate(warmup_cosine(step, total_steps, warmup_steps, params.final_factor), None)
+    if params.name == "step":
+        return Rate(params.step_factor ** int(step // (params.step_epochs * steps_per_epoch)), None)
     return Rate(1.0, None)
 
 
 def apply_rate(optimiser: torch.optim.Optimizer, rate: Rate) -> float:
     """Sets each group's learning rate (and momentum where the schedule moves it); returns the first group's."""
     for group in optimiser.param_groups:
-        group["lr"] = group["peak"] * rate.factor
+        group["lr"] = group["peak"] * (1.0 if group["constant"] else rate.factor)
         if rate.momentum is not None:
             if "betas" in group:
                 group["betas"] = (rate.momentum, group["betas"][1])

@@ -13,12 +13,13 @@ from pydantic import Field, model_validator
 from medssl.errors import RecipeError, nearest
 from medssl.metrics import METRICS
 from medssl.networks.encoder import EncoderParams
+from medssl.networks.surgery import SurgeryParams
 from medssl.objectives import ObjectiveParams
 from medssl.optim import OptimiserParams, ScheduleParams
 from medssl.params import Params
 from medssl.probes.linear import LinearProbeParams
 from medssl.training.finetune import FineTuneParams
-from medssl.training.plan import PretrainPlan
+from medssl.training.plan import FurtherParams, PretrainPlan
 from medssl.views import ViewParams
 
 _NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
@@ -51,7 +52,7 @@ class Arm(Params):
     encoder: EncoderParams | None = None
     """The arm's own encoder; null uses the study's."""
     initial_weights: str = "random"
-    """`random`, or the URI of a .safetensors file of encoder weights."""
+    """`random`, `timm` (the encoder's pretrained weights), `timm:NAME`, or a file (stages/initial.py says where it is sought)."""
     objective: ObjectiveParams | None = None
     """Pretraining objective; null pretrains nothing."""
     epochs: int | None = Field(None, ge=1)
@@ -64,6 +65,16 @@ class Arm(Params):
     """Learning rate over the pretraining."""
     views: ViewParams = ViewParams()
     """Augmentation of the pretraining."""
+    pairs: Literal["image", "bag"] = "image"
+    """image: two views of one image. bag: of two images of one bag where it has two, one bag of a patient in a batch (MICLe)."""
+    further: FurtherParams = FurtherParams()
+    """Which part of given weights is trained further, after how many epochs of the projector alone."""
+    surgery: SurgeryParams | None = None
+    """Weight scaling and replacement of dead filters before the pretraining; null none."""
+    learning_rate_finder: bool = False
+    """A range test picks the peak learning rate, in place of the optimiser's (resident feeding)."""
+    encoder_parts: int = Field(1, ge=1)
+    """Parts of a batch whose activations are in memory at once; for encoders without batch norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network in pretraining."""
     gradient_clip: float | None = Field(None, gt=0)
@@ -76,6 +87,14 @@ class Arm(Params):
             raise ValueError(f"arm '{self.name}': objective and epochs go together, {missing} is missing")
         if self.features == "colour" and (self.objective is not None or self.initial_weights != "random"):
             raise ValueError(f"arm '{self.name}': colour features take no objective, epochs or initial weights")
+        if self.initial_weights == "random" and (self.surgery is not None or self.further != FurtherParams()):
+            field = "surgery" if self.surgery is not None else "further"
+            raise ValueError(f"arm '{self.name}': {field} is for weights that are given, but initial_weights is random")
+        if self.objective is not None:
+            try:
+                self.objective.check(batch_size=self.batch_size)
+            except ValueError as error:
+                raise ValueError(f"arm '{self.name}': {error}") from None
         return self
 
     @property
@@ -216,6 +235,9 @@ class Compute(Params):
     """Further checkpoints between epoch ends (resident feeding); null none."""
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints kept in the store while training."""
+    monitor_every_epochs: int | None = Field(None, ge=1)
+    """kNN accuracy on the validation split after every so many epochs of a pretraining, as a curve in the report (resident
+    feeding); null none."""
     max_failures: int = Field(8, ge=0)
     """Lost workers or nodes that a pretraining survives."""
 
@@ -260,16 +282,41 @@ class Recipe(Params):
                 raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
         for comparison in self.comparisons:
             self._check_comparison(comparison)
+        for protocol in self.protocols:
+            shown = protocol.probe.bank_views if protocol.kind == "linear_probe" else protocol.training.views
+            if shown.small_crops:
+                raise ValueError(f"protocol '{protocol.name}': small_crops belong to pretraining, an evaluation has one view")
         if self.repeats.labels is None and self.repeats.label_draws != 1:
             raise ValueError("labels: null uses every label, so label_draws must be 1")
         channels = {self.encoder_of(arm).channels for arm in self.arms} | {self.encoder.channels}
         if len(channels) > 1:
             raise ValueError(f"arms differ in encoder.channels ({sorted(channels)}): images are decoded once for all of them")
-        workers = self.compute.workers
         for arm in self.arms:
-            if arm.objective is not None and arm.batch_size % workers:
-                raise ValueError(f"arm '{arm.name}': batch_size {arm.batch_size} is not a multiple of compute.workers {workers}")
+            if arm.objective is not None:
+                self._check_pretraining(arm)
         return self
+
+    def _check_pretraining(self, arm: Arm) -> None:
+        workers = self.compute.workers
+        share, rest = divmod(arm.batch_size, workers)
+        if rest:
+            raise ValueError(f"arm '{arm.name}': batch_size {arm.batch_size} is not a multiple of compute.workers {workers}")
+        if share < 2:
+            raise ValueError(
+                f"arm '{arm.name}': batch_size {arm.batch_size} gives {workers} workers one image each, batch norm needs two"
+            )
+        if share % arm.encoder_parts:
+            raise ValueError(f"arm '{arm.name}': encoder_parts {arm.encoder_parts} does not divide a worker's {share} images")
+        views, encoder = arm.views, self.encoder_of(arm)
+        if views.small_crops and arm.objective is not None and not arm.objective.multi_crop:
+            raise ValueError(f"arm '{arm.name}': {arm.objective.name} takes two views: set views.small_crops to 0, or use swav")
+        if views.small_crops and views.small_px > encoder.image_px:
+            raise ValueError(
+                f"arm '{arm.name}': views.small_px {views.small_px} is larger than encoder.image_px {encoder.image_px}: lower it "
+                "(SwAV: 96 of 224), or set views.small_crops to 0"
+            )
+        if arm.learning_rate_finder and self.images.feeding == "streaming":
+            raise ValueError(f"arm '{arm.name}': the learning-rate finder needs images.feeding resident")
 
     def _check_comparison(self, comparison: Comparison) -> None:
         arms, protocols = {a.name: a for a in self.arms}, {p.name: p.kind for p in self.protocols}
@@ -294,6 +341,7 @@ class Recipe(Params):
             raise RecipeError(f"arm '{arm.name}' has no objective, so there is nothing to pretrain")
         return PretrainPlan(
             encoder=self.encoder_of(arm), objective=arm.objective, optimiser=arm.optimiser, schedule=arm.schedule,
-            views=arm.views, epochs=arm.epochs, batch_size=arm.batch_size, seed=seed, precision=arm.precision,
-            gradient_clip=arm.gradient_clip,
+            views=arm.views, epochs=arm.epochs, batch_size=arm.batch_size, seed=seed, pairs=arm.pairs, further=arm.further,
+            surgery=arm.surgery, learning_rate_finder=arm.learning_rate_finder, encoder_parts=arm.encoder_parts,
+            precision=arm.precision, gradient_clip=arm.gradient_clip,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from medssl.artifacts import STUDIES, artifact_name, digest_json, folder, publish
 from medssl.errors import MissingKey
-from medssl.recipe import Comparison, Recipe
+from medssl.recipe import Arm, Comparison, Recipe
 from medssl.recipe_file import dump
 from medssl.stages.report import format_result_table, render, result_json
 from medssl.stages.report_data import BOOTSTRAP, COLUMNS, SAME_AGAINST_SAME, WELCH, Confusion, ReportData, SameAgainstSame
@@ -280,6 +280,8 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
         feeding,
         hardware,
         histories,
+        monitors,
+        range_tests,
         searches,
         versions,
         view_sheets,
@@ -296,19 +298,21 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
         main_protocol=recipe.comparisons[0].protocol if recipe.comparisons else recipe.protocols[0].name,
         interval_level=recipe.bootstrap.level,
         arms=[arm_facts(recipe, arm) for arm in recipe.arms],
-        datasets=[dataset_facts(study.dataset)],
+        datasets=[dataset_facts(study.dataset, recipe)],
         scores=_scores_frame(runs),
         summary=_summary_frame(runs),
         comparisons=pd.DataFrame(found.rows, columns=list(COLUMNS["comparisons"])),
         searches=searches([(a, p, study.marker(s)) for a, p in study.searches() if (s := study.search_spec(a, p))]),
         search_metric=recipe.protocols[0].search.metric,
         histories=curves,
+        monitors=monitors(study.store, encoders),
+        range_tests=range_tests(study.store, encoders),
         confusions=_confusions(study, runs),
         view_sheets=view_sheets(study.store, encoders),
         recipe_yaml=dump(recipe),
         overrides=study.overrides,
         versions=versions(),
-        warnings=warnings(recipe, curves),
+        warnings=warnings(recipe),
         hardware=hardware(),
         feeding=feeding(recipe.images.feeding, curves),
         same_against_same=found.same,
@@ -317,9 +321,10 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
 
 
 def _arm_indexes(study: Study) -> dict[str, dict[str, Any]]:
-    """Where `predict` finds the evaluations of each arm."""
+    """Where `predict` finds the evaluations of each arm, and `export` its encoders, by pretraining seed."""
     indexes: dict[str, dict[str, Any]] = {
-        arm.name: {"study": study.recipe.study, "arm": arm.name, "evaluations": []} for arm in study.recipe.arms
+        arm.name: {"study": study.recipe.study, "arm": arm.name, "encoders": _encoders(study, arm), "evaluations": []}
+        for arm in study.recipe.arms
     }
     for cell in study.specs.cells():
         for seed, spec in (study.evaluations(cell) or {}).items():
@@ -328,6 +333,11 @@ def _arm_indexes(study: Study) -> dict[str, dict[str, Any]]:
                 "seed": seed, "artifact": spec.name,
             })  # fmt: skip
     return indexes
+
+
+def _encoders(study: Study, arm: Arm) -> dict[str, str]:
+    specs = {seed: study.specs.encoder(arm, seed) for seed in study.specs.pretraining_seeds(arm)}
+    return {str(seed): spec.name for seed, spec in specs.items() if spec is not None}
 
 
 def _dump_result(result: StudyResult) -> bytes:

@@ -29,16 +29,16 @@ from medssl.images import Resize
 
 if TYPE_CHECKING:
     import ray.data
-    import torch
 
     from medssl.collectives import Process
-    from medssl.training.feed import ResidentImages  # torch stays out of a driver that only ingests
+    from medssl.training.feed import Batch, ResidentImages  # torch stays out of a driver that only ingests
 
 CACHE_VARIABLE = "MEDSSL_CACHE"
 _BLOCK_BYTES = 16 << 20
 """Largest block of decoded images that Ray Data hands on: many fit into an object store of 300 MB."""
 _SHUFFLE_BYTES = 256 << 20
 """Largest shuffle buffer of one rank."""
+_PAUSE_SECONDS = 0.02
 _BUILDING = ".building-"
 
 OnProgress = Callable[[int, int], None]
@@ -73,6 +73,7 @@ def stream_images(
     shards = [{"path": s.path, "rows": s.rows, "first_row": s.first_row} for s in dataset.shards]
     stream: ray.data.Dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
     stream.context.target_max_block_size = _BLOCK_BYTES
+    stream.context.custom_execution_callback_classes = [_pausing()]
     if seed is not None:
         stream = stream.randomize_block_order(seed=ray.data.RandomSeedConfig(seed, reseed_after_execution=True))
     return stream.map_batches(
@@ -86,6 +87,23 @@ def stream_images(
             "splits": None if splits is None else list(splits),
         },
     )
+
+
+def _pausing() -> type:
+    """A callback of Ray Data's scheduling loop that rests between its rounds.
+
+    While a trainer is slower than the decoding, finished blocks wait for room, and the loop looks at them again and again
+    without a pause: three quarters of a core, taken from the trainer.
+    """
+    import time
+
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Pause(ExecutionCallback):  # type: ignore[misc]
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(_PAUSE_SECONDS)
+
+    return Pause
 
 
 def _decode_shards(
@@ -148,13 +166,15 @@ class StreamFeed:
         self._pin = process.device.type == "cuda"
         self._image_bytes: int = 0
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """uint8 (B, H, W, C) and row numbers (B,); as many on every rank.
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """See `medssl.training.feed.Feed`; as many on every rank.
 
         Raises:
             ValueError: `start_step` is not 0: a stream has no middle to start from.
         """
         import torch
+
+        from medssl.training.feed import Batch
 
         if start_step:
             raise ValueError("a streamed epoch cannot be taken up at a step: checkpoint at epoch ends only")
@@ -172,7 +192,8 @@ class StreamFeed:
             if steps < self.steps_per_epoch:  # what is left over is read, not used: the stream then ends on all ranks
                 steps += 1
                 images = torch.from_numpy(images_BHWC if images_BHWC.flags.writeable else images_BHWC.copy())
-                yield (images.pin_memory() if self._pin else images), torch.from_numpy(np.array(batch["row"], np.int64))
+                rows = torch.from_numpy(np.array(batch["row"], np.int64))
+                yield Batch(images.pin_memory() if self._pin else images, rows)
         if steps < self.steps_per_epoch:
             raise DataError(
                 f"the stream gave {steps} batches of {self._share}, {self.steps_per_epoch} were promised: run again"

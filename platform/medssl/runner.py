@@ -16,10 +16,12 @@ from medssl.stages.cluster import connected, require_gpus
 from medssl.stages.context import Context
 from medssl.stages.encode import EmbedTask, InitialiseTask, run_encoding
 from medssl.stages.evaluate import EvaluateTask, SearchTask, run_evaluations, run_search
+from medssl.stages.initial import GivenWeights, stage_weights
 from medssl.stages.pretrain import run_pretrain
 from medssl.stages.progress import OnProgress
-from medssl.stages.specs import Spec
+from medssl.stages.specs import TRAIN, VALIDATION, Spec
 from medssl.study import Pending, Study
+from medssl.training.monitor import Watched
 
 
 class Runner:
@@ -55,15 +57,33 @@ class Runner:
         """Pretrains one encoder after the other, each on all workers; random ones are made side by side."""
         study = self.study
         missing = [entry for entry in study.encoders() if not study.is_finished(entry[2])]
+        given = self._given_weights(missing)  # first of all: what does not fit is refused before hours of training
         self._encode(
             "initialise",
-            [InitialiseTask(self.context, spec, arm.name, seed) for arm, seed, spec in missing if spec.stage == "initialise"],
+            [
+                InitialiseTask(self.context, spec, arm.name, seed, given.get(spec.name))
+                for arm, seed, spec in missing
+                if spec.stage == "initialise"
+            ],
         )
         for arm, seed, spec in missing:
             if spec.stage == "pretrain":
-                self._make(spec, partial(self._pretrain, arm, seed, spec))
+                self._make(spec, partial(self._pretrain, arm, seed, spec, given.get(spec.name)))
 
-    def _pretrain(self, arm: Arm, seed: int, spec: Spec, on_progress: OnProgress) -> Marker:
+    def _given_weights(self, encoders: Sequence[tuple[Arm, int, Spec]]) -> dict[str, GivenWeights]:
+        """The weights that encoders start from, by artifact; says what of their files was loaded."""
+        study = self.study
+        given = stage_weights(study.recipe, study.store, encoders)
+        lines = [
+            f"{arm.name} starts from {given[spec.name].facts['source']}: {given[spec.name].facts['summary']}"
+            for arm, _, spec in encoders
+            if spec.name in given
+        ]
+        for line in dict.fromkeys(lines):
+            study.emit(Event("message", line))
+        return given
+
+    def _pretrain(self, arm: Arm, seed: int, spec: Spec, given: GivenWeights | None, on_progress: OnProgress) -> Marker:
         study, recipe = self.study, self.study.recipe
         self._connect()
         streaming = recipe.images.feeding == "streaming"
@@ -81,9 +101,17 @@ class Runner:
             splits=list(recipe.pretraining_splits),
             compute=recipe.compute,
             before_publish=self._check_leases,
-            initial_weights=None if arm.initial_weights == "random" else arm.initial_weights,
+            initial_weights=given,
             on_progress=on_progress,
+            watched=self._watched(seed),
         )  # fmt: skip
+
+    def _watched(self, seed: int) -> Watched | None:
+        """The labelled images that show how a pretraining gets on; None where the recipe does not ask for it."""
+        study = self.study
+        if study.recipe.compute.monitor_every_epochs is None or study.recipe.images.feeding == "streaming":
+            return None
+        return Watched.of_index(study.specs.index, study.specs.classes, seed=seed, bank_split=TRAIN, query_split=VALIDATION)
 
     def embeddings(self) -> None:
         """Features of every encoder for every probe."""

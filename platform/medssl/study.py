@@ -8,7 +8,6 @@ a lease of its name while it runs and each artifact one of its own, since two st
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from medssl.leases import Lease, lease
 from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
 from medssl.recipe_file import load
 from medssl.results import StudyResult, report_name
+from medssl.stages.initial import weights_digests
 from medssl.stages.specs import TEST, TRAIN, VALIDATION, Cell, Spec, Specs
-from medssl.store import Store, open_for_writing, open_store
+from medssl.store import Store, open_for_writing
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Study:
                 f"{error}; make it with `medssl ingest ... --to {uri}` (the recipe names dataset: {recipe.dataset})"
             ) from None
         index = self.dataset.index()
-        self.specs = Specs(recipe, index, self.dataset.classes, _weights_digests(recipe))
+        self.specs = Specs(recipe, index, self.dataset.classes, weights_digests(recipe, store))
         self._check_splits()
+        self._check_pretrainings()
         self._finished = finished(store)
         self._markers: dict[str, Marker] = {}
 
@@ -246,15 +247,33 @@ class Study:
                 )
         self.specs.draw(0)  # refuses a number of labels that the split does not have
 
+    def _check_pretrainings(self) -> None:
+        for arm in self.recipe.arms:
+            if arm.objective is None:
+                continue
+            if arm.pairs == "bag":
+                self._check_bags(arm)
+            if arm.further.trained != "all" or arm.encoder_parts > 1 or arm.surgery is not None or arm.views.small_crops:
+                from medssl.training.step import check_plan  # loads the networks' library, which takes seconds
 
-def _weights_digests(recipe: Recipe) -> dict[str, str]:
-    digests = {}
-    for uri in {arm.initial_weights for arm in recipe.arms} - {"random"}:
-        parent, _, key = uri.rpartition("/")
-        if not parent or not key.endswith(".safetensors"):
-            raise RecipeError(f"initial_weights '{uri}': give `random` or the URI of a .safetensors file")
-        digests[uri] = hashlib.sha256(open_store(parent).read(key)).hexdigest()
-    return digests
+                try:
+                    check_plan(self.recipe.plan(arm, 0))
+                except RecipeError as error:
+                    raise RecipeError(f"arm '{arm.name}': {error}") from None
+
+    def _check_bags(self, arm: Arm) -> None:
+        index = self.specs.index
+        rows = index[index["split"].isin(self.recipe.pretraining_splits)]
+        for column, what in (("bag_id", "bag (lesion or case)"), ("patient_id", "patient")):
+            if rows[column].isna().all():
+                raise RecipeError(
+                    f"arm '{arm.name}': pairs is bag, but no image of {self.dataset.uri} has a {what} id: ingest with "
+                    f"--{column.removesuffix('_id')}-column, or use pairs: image"
+                )
+        if not rows["bag_id"].duplicated(keep=False)[rows["bag_id"].notna()].any():
+            raise RecipeError(
+                f"arm '{arm.name}': pairs is bag, but no bag of {self.dataset.uri} has two images: use pairs: image"
+            )
 
 
 def _prepare(

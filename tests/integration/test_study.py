@@ -192,3 +192,28 @@ def test_python_api_gives_frames(place: Path, study: Path) -> None:
     assert {"arm", "protocol", "metric", "value"} <= set(result.scores.columns)
     assert set(result.summary["arm"]) == {"barlow_twins", "random", "colour"}
     assert result.report_uri.endswith("studies/tiny/report.html")
+
+
+def test_weights_go_out_and_come_in_again(place: Path, study: Path, store: Store) -> None:
+    """An exported encoder is where the arms of another study start from: one as it is, one that trains on."""
+    from safetensors.torch import load
+
+    out = place / "encoder.safetensors"
+    done = tiny.medssl("export", "barlow_twins", "--format", "timm", "--out", str(out), "--store", str(place / "store"), "--json")
+    assert json.loads(done.stdout)["path"] == str(out)
+    assert "over random" in (place / "encoder.safetensors.card.md").read_text()
+    trained = tiny.recipe()["arms"][0] | {"name": "longer", "epochs": 1, "initial_weights": "encoder.safetensors"}
+    arms = [{"name": "given", "initial_weights": str(out)}, trained]
+    path = tiny.write(place / "given.yaml", tiny.pretraining_only(study="given", arms=arms))
+    (place / "store" / "encoder.safetensors").write_bytes(out.read_bytes())
+    told = tiny.medssl("run", str(path), "--store", str(place / "store")).stderr
+    for arm in ("given", "longer"):
+        assert f"{arm} starts from" in told
+        index = json.loads(store.read(f"studies/given/arms/{arm}.json"))
+        name = index["encoders"]["0"]
+        facts = json.loads(store.read(f"markers/{name}.json"))["facts"]["initial_weights"]
+        assert facts["loaded"] == facts["of"] > 0 and not facts["missing"]
+        assert not [e for e in store.list(f"artifacts/{name}/") if e.key.endswith("initial.safetensors")]
+        weights, wanted = load(store.read(f"artifacts/{name}/encoder.safetensors")), load(out.read_bytes())
+        assert all(weights[k].equal(wanted[k]) for k in wanted) is (arm == "given")
+    (place / "store" / "encoder.safetensors").unlink()

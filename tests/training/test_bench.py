@@ -19,7 +19,7 @@ def test_measurements(tmp_path: Path) -> None:
     images = ResidentImages.write(tmp_path / "images", np.zeros((20, 40, 40, 3)), [str(k) for k in range(20)])
     feed = ResidentFeed(images, range(20), 8, 0, process)
     groups: dict[str, object] = {"optimiser": {}, "schedule": {}, "views": {}}
-    encoder, objective = {"name": "test_resnet", "image_px": 32}, {"projector": (16, 16)}
+    encoder, objective = {"name": "test_resnet", "image_px": 32}, {"name": "barlow_twins", "projector": (16, 16)}
     fields = {**groups, "encoder": encoder, "objective": objective, "epochs": 1, "batch_size": 8, "seed": 0}
     speed = measure_step(PretrainPlan.model_validate(fields), feed, process, steps=3, warmup=1)
     assert speed.images_per_second == pytest.approx(3 * 8 / speed.seconds)

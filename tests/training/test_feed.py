@@ -46,16 +46,16 @@ def test_an_epoch_is_a_permutation_without_the_incomplete_batch(images: Resident
     one = feed(images)
     assert one.steps_per_epoch == 3
     batches = list(one.batches(0))
-    rows = torch.cat([rows for _, rows in batches])
+    rows = torch.cat([batch.rows_B for batch in batches])
     assert len(rows) == 36 == len(rows.unique()) and set(rows.tolist()) < set(ROWS.tolist())
-    for pixels, numbers in batches:
+    for pixels, numbers, *_ in batches:
         assert pixels.dtype == torch.uint8 and pixels.shape == (12, 4, 5, 3)
         assert np.array_equal(pixels.numpy(), images.images[numbers.numpy()])
 
 
 def test_order_follows_seed_and_epoch(images: ResidentImages) -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return torch.cat([rows for _, rows in feed(images, seed=seed).batches(epoch)]).tolist()
+        return torch.cat([batch.rows_B for batch in feed(images, seed=seed).batches(epoch)]).tolist()
 
     assert order(1, 0) == order(1, 0)
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
@@ -65,7 +65,7 @@ def test_order_follows_seed_and_epoch(images: ResidentImages) -> None:
 def test_ranks_share_the_global_batch(images: ResidentImages, world: int) -> None:
     whole = list(feed(images).batches(1))
     parts = [list(feed(images, rank, world).batches(1)) for rank in range(world)]
-    for step, (pixels, rows) in enumerate(whole):
+    for step, (pixels, rows, *_) in enumerate(whole):
         assert torch.equal(torch.cat([part[step][1] for part in parts]), rows)
         assert torch.equal(torch.cat([part[step][0] for part in parts]), pixels)
 

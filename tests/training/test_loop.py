@@ -19,7 +19,7 @@ from medssl.checkpoint import CheckpointFolder
 from medssl.collectives import Process
 from medssl.networks import EncoderParams, build_encoder, load_weights
 from medssl.store import Store, open_store
-from medssl.training.feed import ResidentFeed, ResidentImages
+from medssl.training.feed import Batch, ResidentFeed, ResidentImages
 from medssl.training.loop import PretrainResult, Progress, pretrain
 from medssl.training.plan import PretrainPlan
 
@@ -30,7 +30,7 @@ CPU = Process(0, 1, torch.device("cpu"))
 def plan(**changed: Any) -> PretrainPlan:
     fields: dict[str, Any] = {
         "encoder": {"name": "test_resnet", "image_px": 32},
-        "objective": {"projector": (32, 24)},
+        "objective": {"name": "barlow_twins", "projector": (32, 24)},
         "optimiser": {},
         "schedule": {"name": "warmup_cosine", "warmup_epochs": 1},
         "views": {},
@@ -78,11 +78,12 @@ def rows(store: Store) -> dict[tuple[int, int], dict[str, Any]]:
     return found
 
 
-def assert_same_training(found: Store, expected: Store, world: int) -> None:
+def assert_same_training(found: Store, expected: Store, world: int, epochs: int = EPOCHS) -> None:
     ours, theirs = rows(found), rows(expected)
-    assert set(ours) == set(theirs) == {(r, s) for r in range(world) for s in range(1, STEPS_PER_EPOCH * EPOCHS + 1)}
+    assert set(ours) == set(theirs) == {(r, s) for r in range(world) for s in range(1, STEPS_PER_EPOCH * epochs + 1)}
     for place, row in ours.items():
-        for column in ("loss", "invariance", "redundancy", "gradient_norm", "learning_rate", "epoch", "effective_rank"):
+        assert set(row) == set(theirs[place]) > {"loss", "gradient_norm", "learning_rate", "epoch", "effective_rank"}
+        for column in set(row) - {"images_per_second", "data_wait_share"}:
             assert row[column] == theirs[place][column], (place, column)
     assert found.read("encoder.safetensors") == expected.read("encoder.safetensors")
     assert found.read("views.png") == expected.read("views.png")
@@ -102,6 +103,37 @@ def test_killed_rank_changes_nothing(tmp_path: Path, world: int) -> None:
     found = run_on_ranks(train_body, world, tmp_path / "b", str(tmp_path), outputs[1].uri, {})
     assert [result.status for result in found] == ["finished"] * world
     assert_same_training(outputs[1], outputs[0], world)
+
+
+SWAV = {"name": "swav", "projector": (32, 24), "prototypes": 9, "queue": 2 * BATCH, "queue_start_epoch": 1}
+METHODS: dict[str, dict[str, Any]] = {
+    "simclr": {"objective": {"name": "simclr", "projector": (32, 24)}},
+    "dcl": {"objective": {"name": "dcl", "projector": (32, 24)}},
+    "simsiam": {"objective": {"name": "simsiam", "projector": (32, 24), "predictor_width": 8}},
+    "vicreg": {"objective": {"name": "vicreg", "projector": (32, 24)}},
+    "byol": {"objective": {"name": "byol", "projector": (32, 24), "predictor_width": 8}},
+    "swav": {"objective": {**SWAV, "freeze_prototypes_steps": 5}, "views": {"small_crops": 2, "small_px": 16}},
+    "further, with finder": {
+        "further": {"head_only_epochs": 1, "trained": "last_block"}, "learning_rate_finder": True,
+        "optimiser": {"name": "sgd"}, "schedule": {"name": "one_cycle"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_killed_rank_changes_nothing_of_any_method(tmp_path: Path, name: str) -> None:
+    """Teacher, queue, prototypes, phases and the rate that was found: all of them outlive the kill."""
+    resident(tmp_path)
+    options = {"plan": METHODS[name]}
+    epochs = plan(**METHODS[name]).total_epochs
+    outputs = [open_store(str(tmp_path / part), create=True) for part in ("undisturbed", "killed")]
+    victim = (1, STEPS_PER_EPOCH * epochs - 1)
+    calls = [(outputs[0].uri, options), (outputs[1].uri, {**options, "die_at": victim})]
+    codes = exit_codes(start_ranks(train_twice_body, 2, tmp_path / "a", str(tmp_path), calls))
+    assert codes[1] == -signal.SIGKILL and 0 not in codes
+    found = run_on_ranks(train_body, 2, tmp_path / "b", str(tmp_path), outputs[1].uri, options)
+    assert [result.status for result in found] == ["finished"] * 2 and found[0].facts["resumed_at_step"] > 0
+    assert_same_training(outputs[1], outputs[0], 2, epochs)
 
 
 def train_body(process: Process, folder: str, output: str, options: dict[str, Any]) -> PretrainResult:
@@ -196,9 +228,9 @@ def test_nan_without_checkpoints_names_its_step(tmp_path: Path, monkeypatch: pyt
     views = step_module.Stepper.make_views
     poison = 5
 
-    def poisoned(self: Any, images: torch.Tensor, done: int) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = views(self, images, done)
-        return (first * float("nan") if done == poison - 1 else first), second
+    def poisoned(self: Any, batch: Batch, done: int) -> list[torch.Tensor]:
+        first, second = views(self, batch, done)
+        return [first * float("nan") if done == poison - 1 else first, second]
 
     monkeypatch.setattr(step_module.Stepper, "make_views", poisoned)
     output = open_store(str(tmp_path / "out"), create=True)

@@ -11,15 +11,17 @@ from ranks import run_on_ranks
 from torch import nn
 
 from medssl.collectives import Process, convert_batch_norm
+from medssl.errors import RecipeError
 from medssl.networks import save_weights
+from medssl.training.feed import Batch
 from medssl.training.plan import PretrainPlan
-from medssl.training.step import Stepper, build_pretraining, collapse_measures, distribute
+from medssl.training.step import Stepper, build_pretraining, check_plan, collapse_measures, distribute
 
 
 def plan(**changed: object) -> PretrainPlan:
     fields: dict[str, object] = {
         "encoder": {"name": "resnet18", "image_px": 32},
-        "objective": {"projector": (32, 24)},
+        "objective": {"name": "barlow_twins", "projector": (32, 24)},
         "optimiser": {},
         "schedule": {},
         "views": {},
@@ -58,8 +60,9 @@ def test_processes_together_equal_one(tmp_path: Path, world: int) -> None:
             torch.testing.assert_close(found["buffers"][name], buffer, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def batch() -> torch.Tensor:
-    return torch.randint(0, 256, (12, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def batch() -> Batch:
+    images = torch.randint(0, 256, (12, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return Batch(images, torch.arange(12))
 
 
 CPU = Process(0, 1, torch.device("cpu"))
@@ -84,9 +87,9 @@ def test_initial_encoder_is_taken_and_the_projector_is_fresh() -> None:
 def test_step_learns_and_reports() -> None:
     mild = {"crop_scale": (0.7, 1), "jitter": 0, "grey": 0, "blur": (0, 0), "solarise": (0, 0), "vertical_flip": 0}
     stepper = Stepper(plan(epochs=40, schedule={"name": "constant"}, views=mild), CPU, 1)
-    smooth = nn.functional.interpolate(batch()[:, :5, :5].permute(0, 3, 1, 2).float(), size=(40, 40), mode="bilinear")
+    smooth = nn.functional.interpolate(batch().images_BHWC[:, :5, :5].permute(0, 3, 1, 2).float(), size=(40, 40), mode="bilinear")
     images = smooth.permute(0, 2, 3, 1).byte()
-    outcomes = [stepper.step(images, done) for done in range(12)]
+    outcomes = [stepper.step(Batch(images, torch.arange(12)), done) for done in range(12)]
     losses = [outcome.scalars["loss"].item() for outcome in outcomes]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert set(outcomes[0].scalars) == {"loss", "invariance", "redundancy", "gradient_norm"}
@@ -113,16 +116,53 @@ def test_gpu_equals_cpu() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def measures(features: torch.Tensor, partner: torch.Tensor | None = None) -> dict[str, float]:
+    return {k: float(v) for k, v in collapse_measures(features, features if partner is None else partner).items()}
+
+
 def test_collapse_measures() -> None:
-    collapsed = torch.ones(50, 8) + 1e-6 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    spread, _ = collapse_measures(collapsed)
-    assert float(spread) < 1e-5
-    isotropic = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
-    spread, rank = collapse_measures(isotropic)
-    assert float(spread) == pytest.approx(1, abs=0.02) and float(rank) == pytest.approx(8, abs=0.05)
-    line = isotropic[:, :1] * torch.arange(1.0, 9)
-    assert float(collapse_measures(line)[1]) == pytest.approx(1, abs=1e-3)
+    noise = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    collapsed = measures(torch.ones(50, 8) + 1e-6 * noise[:50])
+    assert collapsed["embedding_std"] < 1e-5 and collapsed["uniformity"] == pytest.approx(0, abs=1e-5)
+    spread = measures(noise[:2000], noise[2000:])
+    assert spread["embedding_std"] == pytest.approx(1, abs=0.02) and spread["effective_rank"] == pytest.approx(8, abs=0.05)
+    assert spread["alignment"] == pytest.approx(2, abs=0.05), "unrelated unit vectors are sqrt(2) apart"
+    assert measures(noise, 3 * noise)["alignment"] == pytest.approx(0, abs=1e-6)
+    assert measures(noise[:, :1] * torch.arange(1.0, 9))["effective_rank"] == pytest.approx(1, abs=1e-3)
     # Two equal singular values and nothing else: the entropy is log 2.
     two = torch.zeros(4, 8)
     two[0, 0], two[1, 0], two[2, 1], two[3, 1] = 1, -1, 1, -1
-    assert float(collapse_measures(two)[1]) == pytest.approx(2, rel=1e-5)
+    found = measures(two)
+    assert found["effective_rank"] == pytest.approx(2, rel=1e-5)
+    # Of the six pairs two are opposite (distance 2), four at right angles (distance sqrt 2).
+    assert found["uniformity"] == pytest.approx(math.log((2 * math.exp(-8) + 4 * math.exp(-4)) / 6), rel=1e-5)
+
+
+def test_encoder_parts_change_nothing_but_memory() -> None:
+    """A network without batch norm: the gradients of four parts are those of the whole."""
+    encoder = {"name": "vit_tiny_patch16_224", "image_px": 32}
+    found = []
+    for parts in (1, 4):
+        module = build_pretraining(plan(encoder=encoder, encoder_parts=parts, objective=SIMCLR)).double()
+        views = torch.randn(2, 12, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        outcome = module(*views)
+        outcome["loss"].backward()
+        found.append((outcome["loss"].detach(), [p.grad for p in module.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+SIMCLR = {"name": "simclr", "projector": (32, 24)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"encoder_parts": 4}, "encoder_parts is 4, but the batch norm of resnet18 would see one part"),
+        ({"encoder": {"name": "vit_tiny_patch16_224", "image_px": 32}, "surgery": {}}, "vit_tiny_patch16_224 has none"),
+        ({"encoder": {"name": "vgg11", "image_px": 32}, "further": {"trained": "last_block"}}, "VGG has no blocks"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(changed: dict[str, object], words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        check_plan(plan(**changed))
+    assert "\n" not in str(caught.value)

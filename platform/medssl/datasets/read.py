@@ -15,7 +15,7 @@ from medssl.artifacts import digest_json
 from medssl.datasets.dataset import Dataset, Shard
 from medssl.errors import DataError
 from medssl.filesystem import retrying_filesystem
-from medssl.images import Resize, decode
+from medssl.images import DECODER, Resize, decode
 
 READ_ROWS = 64
 """Rows read and decoded at a time: bounds memory whatever the size of a shard."""
@@ -30,8 +30,9 @@ class Decoding:
     channels: int = 3
 
     def digest(self, dataset: Dataset) -> str:
-        """Names the decoded images of a dataset: changes with its images and with any field here."""
-        return digest_json({"images": dataset.images_digest, **asdict(self)})[:32]
+        """Names the decoded images of a dataset: changes with its images, with any field here and with what
+        decoding itself does."""
+        return digest_json({"images": dataset.images_digest, "decoder": DECODER, **asdict(self)})[:32]
 
 
 def decoded_batches(

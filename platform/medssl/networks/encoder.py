@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from medssl.errors import DataError, RecipeError, nearest
+from medssl.networks.wide_resnet import WIDE_RESNETS, build_wide_resnet
 from medssl.params import Params
 
 
@@ -21,7 +22,7 @@ class EncoderParams(Params):
     """Which network maps images to features, and at what size and normalisation it sees them."""
 
     name: str = "resnet18"
-    """Name of a timm model."""
+    """Name of a timm model, or of one of SimCLR's wide ResNets: resnet50_2x, resnet50_4x, resnet152_2x, ..."""
     image_px: int = Field(64, ge=16, le=1024)
     """Side in pixels of the square image (view) that the encoder sees."""
     channels: int = Field(3, ge=1, le=4)
@@ -43,18 +44,23 @@ class EncoderParams(Params):
 
 
 def build_encoder(params: EncoderParams, seed: int) -> nn.Module:
-    """A timm network with random weights drawn from `seed`, mapping (B, C, H, W) to (B, E).
+    """A network with random weights drawn from `seed`, mapping (B, C, H, W) to (B, E).
 
-    Torch's global generator is left as it was. Raises RecipeError for a name that timm does not know.
+    Torch's global generator is left as it was. Raises RecipeError for a name that neither timm nor
+    :mod:`medssl.networks.wide_resnet` knows.
     """
     import timm  # loads for seconds, and the command line validates without it
 
-    if not timm.is_model(params.name):
-        raise RecipeError(f"encoder '{params.name}' is no timm model; {nearest(params.name, _common(timm.list_models()))}")
+    wide = params.name in WIDE_RESNETS
+    if not wide and not timm.is_model(params.name):
+        choices = [*WIDE_RESNETS, *_common(timm.list_models())]
+        raise RecipeError(f"encoder '{params.name}' is no timm model; {nearest(params.name, choices)}")
     config = timm.get_pretrained_cfg(params.name)
     sized: dict[str, Any] = {"img_size": params.image_px} if config is not None and config.fixed_input_size else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if wide:
+            return build_wide_resnet(params.name, params.channels)
         network = timm.create_model(params.name, pretrained=False, num_classes=0, in_chans=params.channels, **sized)
     assert isinstance(network, nn.Module)
     return network
@@ -66,8 +72,9 @@ def _common(names: list[str]) -> list[str]:
 
 
 def feature_width(encoder: nn.Module) -> int:
-    """E, the width of the encoder's features."""
-    return int(encoder.num_features)  # type: ignore[arg-type]
+    """E, the width of the encoder's features: timm's pooled output, which in some families (VGG, MobileNetV3, GhostNet) is
+    a layer behind the `num_features` of their last feature map."""
+    return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)  # type: ignore[arg-type]
 
 
 def save_weights(encoder: nn.Module, metadata: dict[str, str] | None = None) -> bytes:

@@ -20,6 +20,7 @@ from medssl.errors import MedsslError
 from medssl.recipe import Compute, LinearProbe
 from medssl.rows import user_error
 from medssl.stages.context import Context, Opened
+from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import TEST, TRAIN, VALIDATION, Spec
 from medssl.stages.trials import concurrent_trials
@@ -29,12 +30,14 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class InitialiseTask:
-    """A random encoder to be made."""
+    """An encoder to be made without pretraining: random, or of given weights."""
 
     context: Context
     spec: Spec
     arm: str
     seed: int
+    given: GivenWeights | None = None
+    """Weights that were put in place by `initial.stage_weights`; None for random ones."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,15 @@ def _encode(task: InitialiseTask | EmbedTask, compute: dict[str, Any], handle: A
     def progress(done: int, total: int) -> None:
         handle.post.remote(task.spec.name, Report(done, total))
 
+    given = task.given if isinstance(task, InitialiseTask) else None
     make = _initialise if isinstance(task, InitialiseTask) else _embed
     files = make(opened, task, device, progress)  # type: ignore[arg-type]
     publish(
         opened.store, task.spec.name, stage=task.spec.stage, version=task.spec.version, config=task.spec.config,
-        inputs=task.spec.inputs, files=files,
+        inputs=task.spec.inputs, files=files, facts=facts_of(given),
     )  # fmt: skip
+    if given:
+        folder(opened.store, task.spec.name).delete(STAGED)
     progress(task.spec.images, task.spec.images)
 
 
@@ -113,11 +119,8 @@ def _initialise(opened: Opened, task: InitialiseTask, device: Any, progress: Any
     arm = next(a for a in recipe.arms if a.name == task.arm)
     params = recipe.encoder_of(arm)
     encoder = build_encoder(params, task.seed).to(device)
-    if arm.initial_weights != "random":
-        from medssl.store import open_store
-
-        parent, _, key = arm.initial_weights.rpartition("/")
-        load_weights(encoder, open_store(parent).read(key))
+    if task.given is not None:
+        load_weights(encoder, folder(opened.store, task.spec.name).read(STAGED))
         return {"encoder.safetensors": save_weights(encoder)}
     index = opened.specs.index
     rows = index.index[index["split"].isin(recipe.pretraining_splits)].to_numpy()

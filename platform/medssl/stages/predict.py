@@ -173,7 +173,7 @@ def _find(
     label_draw: int,
     head_seed: int,
 ) -> str:
-    index = _index(store, arm, study)
+    index = arm_index(store, arm, study)
     runs = index["evaluations"]
     if not runs:
         raise RecipeError(f"arm '{arm}' was not evaluated by any protocol of its study, so it has no head to predict with")
@@ -190,8 +190,8 @@ def _find(
     raise RecipeError(f"arm '{arm}' has no such run under {chosen}; it has {limits}")
 
 
-def _index(store: Store, arm: str, study: str | None) -> dict[str, Any]:
-    """The arm's index of the one study that has it."""
+def arm_index(store: Store, arm: str, study: str | None) -> dict[str, Any]:
+    """The arm's index of the one study that has it (evaluations, encoders); RecipeError when none or several have."""
     prefix = f"{STUDIES}/"
     found: dict[str, list[str]] = {}
     for entry in store.list(prefix):

@@ -15,21 +15,30 @@ import json
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from medssl.artifacts import Marker, folder, publish
+from medssl.bag_rows import StreamBagFeed, ensure_packed
+from medssl.datasets.dataset import open_dataset
+from medssl.datasets.read import Decoding
 from medssl.errors import MedsslError, NonFiniteLoss, StoreError
 from medssl.filesystem import retrying_filesystem
 from medssl.recipe import Compute
 from medssl.rows import StreamFeed, open_resident, stream_images, user_error
 from medssl.stages.cluster import require_gpus
+from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import Spec
 from medssl.store import Store, open_store
+from medssl.training.monitor import KnnMonitor, Watched
 from medssl.training.plan import PretrainPlan
+
+if TYPE_CHECKING:
+    from medssl.collectives import Process
+    from medssl.training.feed import Feed
 
 _FAILURE_NOTE = "failure.json"
 _RESULT = "encoder.safetensors"
@@ -49,6 +58,14 @@ class Job:
     """How to open the resident file on any node; None streams."""
     compute: dict[str, Any]
     initial_weights: str | None
+    watched: dict[str, Any] | None = None
+    """Labelled images that the monitor looks at (fields of `Watched`); None watches nothing."""
+    dataset_uri: str | None = None
+    """Where bags are looked up, for pairs of a bag."""
+    packed_uri: str | None = None
+    """Images that can be read singly, for streamed bags."""
+    decoding: dict[str, Any] | None = None
+    """decode_px, resize and channels, for streamed bags."""
 
 
 def run_pretrain(
@@ -62,9 +79,10 @@ def run_pretrain(
     decoding: dict[str, Any],
     splits: list[str],
     compute: Compute,
-    initial_weights: str | None = None,
+    initial_weights: GivenWeights | None = None,
     before_publish: Callable[[], None] | None = None,
     on_progress: OnProgress | None = None,
+    watched: Watched | None = None,
 ) -> Marker:
     """Trains (or goes on training) one encoder and publishes its artifact.
 
@@ -74,8 +92,9 @@ def run_pretrain(
         resident: arguments of `rows.open_resident` when feeding is resident, else None.
         decoding: decode_px, resize and channels.
         splits: splits to stream.
-        initial_weights: URI of encoder weights to start from.
+        initial_weights: weights to start from, put in place by `initial.stage_weights`; their facts go into the marker.
         before_publish: called before the marker is written; raises when the run has lost its lease.
+        watched: labelled images for the kNN curve, measured as `compute.monitor_every_epochs` says (resident feeding).
 
     Raises:
         NonFiniteLoss: the loss turned NaN or infinite; nothing is retried.
@@ -85,8 +104,16 @@ def run_pretrain(
     output = folder(store, spec.name)
     output.delete(_FAILURE_NOTE)
     with board(on_progress) as handle:
-        job = Job(store.uri, spec.name, plan.canonical(), rows, resident, compute.canonical(), initial_weights)
-        datasets = {} if resident else {"train": stream_images(dataset, splits=splits, seed=plan.seed, **decoding)}
+        uri = initial_weights.uri if initial_weights else None
+        seen = asdict(watched) if watched else None
+        job = Job(
+            store.uri, spec.name, plan.canonical(), rows, resident, compute.canonical(), uri, seen, dataset.uri, decoding=decoding
+        )
+        datasets = {}
+        if resident is None and plan.pairs == "bag":
+            job = replace(job, packed_uri=ensure_packed(dataset, store))
+        elif resident is None:
+            datasets = {"train": stream_images(dataset, splits=splits, seed=plan.seed, **decoding)}
         outcome = _fit(store, spec.name, job, datasets, compute, handle)
     if outcome["status"] == "failed":
         raise MedsslError(f"{spec.label} failed: {outcome['error']}")
@@ -96,9 +123,10 @@ def run_pretrain(
         before_publish()
     marker = publish(
         store, spec.name, stage=spec.stage, version=spec.version, config=spec.config, inputs=spec.inputs,
-        present={_RESULT: outcome["files"][_RESULT]}, facts=outcome["facts"],
+        present={_RESULT: outcome["files"][_RESULT]}, facts=outcome["facts"] | facts_of(initial_weights),
     )  # fmt: skip
     output.delete_prefix("checkpoints/")  # finished: the encoder is the result
+    output.delete(STAGED)
     return marker
 
 
@@ -180,7 +208,6 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
     from ray import train
 
     from medssl import collectives
-    from medssl.training.feed import Feed, ResidentFeed
     from medssl.training.loop import pretrain
 
     compute = Compute(**job.compute)
@@ -188,24 +215,46 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
     device = train.torch.get_device()
     process = collectives.current_process(device)
     plan = PretrainPlan.model_validate(job.plan)
-    feed: Feed
-    if job.resident is not None:
-        feed = ResidentFeed(open_resident(**job.resident), job.rows, plan.batch_size, plan.seed, process)
-    else:
-        feed = StreamFeed(train.get_dataset_shard("train"), len(job.rows), plan.batch_size, plan.seed, process)
+    feed = _open_feed(job, plan, process)
+
+    monitor: KnnMonitor | None = None
+    if process.rank == 0 and job.watched is not None and job.resident is not None:
+        monitor = KnnMonitor(open_resident(**job.resident), plan.encoder, Watched(**job.watched), process.device)
 
     def post(progress: Any) -> None:
         if process.rank == 0:
-            handle.post.remote("pretrain", Report(progress.images, progress.total_images, progress.note))
+            note = f"{progress.note}, {monitor.note}" if monitor and monitor.note else progress.note
+            handle.post.remote("pretrain", Report(progress.images, progress.total_images, note))
 
     result = pretrain(
         plan, feed, process, output,
-        checkpoint_every_steps=compute.checkpoint_every_steps if job.resident is not None else None,
+        checkpoint_every_steps=None if isinstance(feed, StreamFeed) else compute.checkpoint_every_steps,
         keep_checkpoints=compute.keep_checkpoints,
         on_progress=post,
         initial_encoder=_read_weights(job.initial_weights),
+        monitor=monitor,
+        monitor_every_epochs=compute.monitor_every_epochs or 1,
     )  # fmt: skip
     return asdict(result)
+
+
+def _open_feed(job: Job, plan: PretrainPlan, process: Process) -> Feed:
+    """What feeds this worker: resident or streamed, single images or pairs of a bag."""
+    from ray import train
+
+    from medssl.training.bags import Bags, ResidentBagFeed
+    from medssl.training.feed import ResidentFeed
+
+    if plan.pairs == "bag":
+        assert job.dataset_uri is not None
+        bags = Bags.of_index(open_dataset(job.dataset_uri).index(), job.rows)
+        if job.resident is not None:
+            return ResidentBagFeed(open_resident(**job.resident), bags, plan.batch_size, plan.seed, process)
+        assert job.packed_uri is not None and job.decoding is not None
+        return StreamBagFeed(job.packed_uri, bags, plan.batch_size, plan.seed, process, Decoding(**job.decoding))
+    if job.resident is not None:
+        return ResidentFeed(open_resident(**job.resident), job.rows, plan.batch_size, plan.seed, process)
+    return StreamFeed(train.get_dataset_shard("train"), len(job.rows), plan.batch_size, plan.seed, process)
 
 
 def _read_weights(uri: str | None) -> bytes | None:

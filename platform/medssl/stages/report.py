@@ -12,7 +12,7 @@ from medssl.stages import report_figures as figures
 from medssl.stages import report_grids as grids
 from medssl.stages import report_tables as tables
 from medssl.stages import report_words as words
-from medssl.stages.report_data import ReportData, metric_order, protocol_order
+from medssl.stages.report_data import DatasetFacts, ReportData, metric_order, protocol_order
 from medssl.stages.report_page import (
     Block,
     Code,
@@ -111,7 +111,7 @@ def _classes(data: ReportData) -> list[Block | None]:
 
 
 def _training(data: ReportData) -> list[Block | None]:
-    return [figures.training_curves(data), tables.feeding_table(data)]
+    return [figures.training_curves(data), figures.range_tests(data), tables.feeding_table(data)]
 
 
 def _search(data: ReportData) -> list[Block | None]:
@@ -119,7 +119,11 @@ def _search(data: ReportData) -> list[Block | None]:
 
 
 def _data(data: ReportData) -> list[Block | None]:
-    return [block for facts in data.datasets for block in (tables.counts_table(facts), tables.card_table(facts))]
+    return [block for facts in data.datasets for block in _of_dataset(facts)]
+
+
+def _of_dataset(facts: DatasetFacts) -> list[Block | None]:
+    return [tables.counts_table(facts), tables.bags_table(facts), tables.card_table(facts)]
 
 
 def _run(data: ReportData) -> list[Block | None]:

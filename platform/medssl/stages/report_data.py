@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medssl.training.finder import RangeTest
+
 BOOTSTRAP = "nested bootstrap"
 WELCH = "Welch over head seeds"
 SAME_AGAINST_SAME = "random against random"
@@ -70,6 +72,8 @@ class DatasetFacts:
     """Seed of the splits that ingest made; None where the user gave them."""
     digest: str = ""
     """Content digest of images and labels, as in the card."""
+    bags: Mapping[int, int] = field(default_factory=dict)
+    """Number of bags by number of images, of the images for pretraining; empty where no arm pretrains on bags."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +127,11 @@ class ReportData:
 
     histories: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     """Pretraining curves by arm. Columns: seed, step, epoch, then those of CURVES in report_figures and any others."""
+    monitors: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    """What was measured now and then in a pretraining, by arm of `histories`. Columns: seed, epoch (epochs done), then those of
+    MONITOR_CURVES in report_figures and any others."""
+    range_tests: Mapping[tuple[str, int], RangeTest] = field(default_factory=dict)
+    """Range tests of the learning-rate finder by (arm, pretraining seed)."""
     confusions: Mapping[tuple[str, str], Confusion] = field(default_factory=dict)
     """By (arm, protocol)."""
     view_sheets: Mapping[str, bytes] = field(default_factory=dict)

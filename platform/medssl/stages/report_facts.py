@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,9 +20,9 @@ from medssl.recipe import Arm, Protocol, Recipe
 from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts
 from medssl.stages.specs import TEST, VALIDATION, Spec
 from medssl.store import Store
+from medssl.training.finder import RangeTest
 
-# Effective rank below this share of the projector's batch-limited rank means that views are mapped to few directions.
-_COLLAPSE_STD = 0.01
+_READERS = 16
 
 Encoders = Sequence[tuple[Arm, int, Spec]]
 
@@ -30,7 +32,7 @@ def arm_facts(recipe: Recipe, arm: Arm) -> ArmFacts:
     if arm.features == "colour":
         return ArmFacts(arm.name, "colour and intensity statistics of the image, no network", "colour")
     encoder = recipe.encoder_of(arm)
-    begin = "random weights" if arm.initial_weights == "random" else "given weights"
+    begin = "random weights" if arm.initial_weights == "random" else f"weights of {arm.initial_weights.rpartition('/')[2]}"
     if arm.objective is None and not arm.is_random:
         return ArmFacts(arm.name, f"{encoder.name} at {encoder.image_px} px, {begin}, no pretraining here")
     if arm.objective is None:
@@ -46,8 +48,8 @@ def arm_facts(recipe: Recipe, arm: Arm) -> ArmFacts:
     )
 
 
-def dataset_facts(dataset: Dataset) -> DatasetFacts:
-    """What the dataset card says."""
+def dataset_facts(dataset: Dataset, recipe: Recipe) -> DatasetFacts:
+    """What the dataset card says, and how many bags have how many images where the recipe pretrains on bags."""
     card, index = dataset.card, dataset.index()
     labels = index["label"].astype(object).where(index["label"].notna(), "(no label)")
     counts = {
@@ -65,7 +67,22 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
         unknown_patients=int(unknown.sum()), rejected=_count(card.get("rejected")), pseudonymised=bool(card.get("pseudonymised")),
         split_seed=card.get("split_seed"),
         digest=f"images {card['digests']['images'][:16]}, labels {card['digests']['labels'][:16]}",
+        bags=bag_counts(recipe, index),
     )  # fmt: skip
+
+
+def bag_counts(recipe: Recipe, index: pd.DataFrame) -> dict[int, int]:
+    """Number of bags by number of images among the pretraining splits, ascending; empty where no arm pairs images of bags.
+
+    An image without a bag id is a bag of its own.
+    """
+    if not any(arm.objective is not None and arm.pairs == "bag" for arm in recipe.arms):
+        return {}
+    bag_ids = index[index["split"].isin(recipe.pretraining_splits)]["bag_id"]
+    counts = {int(str(size)): int(bags) for size, bags in bag_ids.value_counts().value_counts().items()}
+    alone = int(bag_ids.isna().sum())
+    counts |= {1: counts.get(1, 0) + alone} if alone else {}
+    return dict(sorted(counts.items()))
 
 
 def histories(store: Store, encoders: Encoders) -> dict[str, pd.DataFrame]:
@@ -78,6 +95,31 @@ def histories(store: Store, encoders: Encoders) -> dict[str, pd.DataFrame]:
         frame = frame[frame["rank"] == 0].drop(columns="rank").assign(seed=seed)
         frames.setdefault(arm.name, []).append(frame)
     return {name: pd.concat(parts, ignore_index=True) for name, parts in frames.items()}
+
+
+def monitors(store: Store, encoders: Encoders) -> dict[str, pd.DataFrame]:
+    """What the pretrained arms' monitors measured, every seed; arms that were not watched are not in it."""
+    frames: dict[str, list[pd.DataFrame]] = {}
+    with ThreadPoolExecutor(_READERS) as pool:
+        for arm, seed, spec in encoders:
+            place = folder(store, spec.name)
+            keys = [entry.key for entry in place.list("monitor/")] if spec.stage == "pretrain" else []
+            if keys:
+                frame = pd.DataFrame([json.loads(data) for data in pool.map(place.read, keys)])
+                frames.setdefault(arm.name, []).append(frame.assign(seed=seed))
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in frames.items()}
+
+
+def range_tests(store: Store, encoders: Encoders) -> dict[tuple[str, int], RangeTest]:
+    """Range tests by arm and pretraining seed, of the arms whose learning rate was found by one."""
+    found: dict[tuple[str, int], RangeTest] = {}
+    for arm, seed, spec in encoders:
+        if spec.stage == "pretrain" and arm.learning_rate_finder:
+            try:
+                found[arm.name, seed] = RangeTest.from_json(folder(store, spec.name).read("finder.json"))
+            except MissingKey:
+                continue
+    return found
 
 
 def view_sheets(store: Store, encoders: Encoders) -> dict[str, bytes]:
@@ -126,19 +168,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def warnings(recipe: Recipe, curves: Mapping[str, pd.DataFrame]) -> list[str]:
-    """What a reader must know before believing the numbers, beyond what the dataset and the scores themselves say."""
-    found = []
+def warnings(recipe: Recipe) -> list[str]:
+    """What a reader must know before believing the numbers, beyond what dataset, scores and curves themselves say."""
     judged = [split for split in recipe.pretraining_splits if split in (VALIDATION, TEST)]
     if judged:
         names = " and ".join(judged)
-        found.append(f"images of the splits {names} were used in pretraining (without labels): scores are too good")
-    for arm, frame in curves.items():
-        last = frame.dropna(subset=["embedding_std"]).groupby("seed")["embedding_std"].last()
-        collapsed = last[last < _COLLAPSE_STD]
-        if len(collapsed):
-            found.append(f"pretraining of {arm} collapsed: embedding std {collapsed.iloc[0]:.2g} in seed {collapsed.index[0]}")
-    return found
+        return [f"images of the splits {names} were used in pretraining (without labels): scores are too good"]
+    return []
 
 
 def hardware() -> str:

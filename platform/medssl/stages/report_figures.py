@@ -27,6 +27,8 @@ CURVES = {
     "redundancy": "redundancy term of the loss",
     "embedding_std": "standard deviation of the embedding",
     "effective_rank": "effective rank of the embedding",
+    "alignment": "alignment (distance of two views)",
+    "uniformity": "uniformity (smaller: more even)",
     "learning_rate": "learning rate",
     "gradient_norm": "norm of the gradient",
     "images_per_second": "images per second",
@@ -34,11 +36,19 @@ CURVES = {
 }
 """Columns of a history in the order in which they are drawn, with their titles."""
 
+MONITOR_CURVES = {
+    "knn_balanced_accuracy": "balanced accuracy of kNN, validation",
+    "knn_accuracy": "accuracy of kNN, validation",
+}
+"""Columns of what a monitor measured, with their titles; all are drawn over epochs."""
+
 _NOT_CURVES = {"seed", "step", "epoch", "rank", "worker", "steps", "seconds", "time", "pretraining_seed"}
 _CURVE_POINTS = 240
 _DOTS = 20_000
 _STRIP_WIDTH = 430.0
 _NO_PRETRAINING = "#777777"
+_GIVEN_UP = 4.0
+"""Times its smallest value at which a range test's loss leaves the picture."""
 _FROM_ZERO = {"data_wait_share", "images_per_second", "learning_rate"}
 
 
@@ -177,20 +187,38 @@ def training_curves(data: ReportData) -> Figure | None:
         return None
     present = list(dict.fromkeys(str(c) for h in histories.values() for c in h.columns))
     extra = [c for c in present if c not in CURVES and c not in _NOT_CURVES and _is_numeric(histories, c)]
-    drawn = [_curve_panel(histories, c, CURVES.get(c, title_of(c))) for c in [*CURVES, *extra] if c in present]
-    panels = [panel for panel in drawn if panel]
+    seeds = _history_seeds(histories)
+    drawn = [_curve_panel(histories, seeds, c, CURVES.get(c, title_of(c))) for c in [*CURVES, *extra] if c in present]
+    panels = [panel for panel in [*_monitor_panels(data, list(histories), seeds), *drawn] if panel]
     if not panels:
         return None
-    seeds = _history_seeds(histories)
     keys = [Key(arm, svg.swatch(svg.colour(i), line=True)) for i, arm in enumerate(histories)]
-    if len(seeds) > 1:
-        keys += [Key(f"seed {s}", svg.swatch("#555555", svg.dash(i), line=True)) for i, s in enumerate(seeds)]
+    keys += _seed_keys(seeds)
     caption = (
         "Pretraining, step by step. Embedding standard deviation or effective rank falling towards the floor would "
-        f"mean collapse. Curves of more than {_CURVE_POINTS} points show means over equal stretches; a gap is a "
-        "missing value."
+        f"mean collapse. Curves of more than {_CURVE_POINTS} points show means over equal stretches."
     )
+    if any(len(data.monitors.get(arm, ())) for arm in histories):
+        caption += (
+            " kNN: validation images named by the class-balanced votes of the most similar labelled training images, in the "
+            "features of the encoder as it then was."
+        )
     return Figure(caption, panels, keys)
+
+
+def _monitor_panels(data: ReportData, arms: Sequence[str], seeds: Sequence[str]) -> list[Markup | None]:
+    """What was measured every few epochs; an arm that was not watched keeps its colour."""
+    monitors = {arm: data.monitors.get(arm, pd.DataFrame()) for arm in arms}
+    present = list(dict.fromkeys(str(c) for m in monitors.values() for c in m.columns))
+    extra = [c for c in present if c not in MONITOR_CURVES and c not in _NOT_CURVES and _is_numeric(monitors, c)]
+    wanted = [c for c in [*MONITOR_CURVES, *extra] if c in present]
+    return [_curve_panel(monitors, seeds, c, MONITOR_CURVES.get(c, title_of(c)), "epoch") for c in wanted]
+
+
+def _seed_keys(seeds: Sequence[str]) -> list[Key]:
+    """Dash patterns of the seeds, where there is more than one."""
+    keys = [Key(f"seed {seed}", svg.swatch("#555555", svg.dash(i), line=True)) for i, seed in enumerate(seeds)]
+    return keys if len(keys) > 1 else []
 
 
 def _history_seeds(histories: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -202,22 +230,25 @@ def _is_numeric(histories: Mapping[str, pd.DataFrame], column: str) -> bool:
     return all(pd.api.types.is_numeric_dtype(h[column]) for h in histories.values() if column in h)
 
 
-def _curve_panel(histories: Mapping[str, pd.DataFrame], column: str, title: str) -> Markup | None:
-    seeds = _history_seeds(histories)
+def _curve_panel(
+    histories: Mapping[str, pd.DataFrame], seeds: Sequence[str], column: str, title: str, over: str = "step"
+) -> Markup | None:
+    """A column over steps or epochs; a row without a value (most measures are taken at some steps only) is passed over."""
     lines: list[tuple[str, str, np.ndarray, np.ndarray]] = []
     for i, history in enumerate(histories.values()):
         if column not in history:
             continue
         names = [_seed(s) for s in history["seed"]] if "seed" in history else ["none"] * len(history)
-        steps = history["step"] if "step" in history else pd.Series(range(len(history)))
+        steps = history[over] if over in history else pd.Series(range(len(history)))
         for name in dict.fromkeys(names):
             mine = np.array([n == name for n in names])
             x = pd.to_numeric(steps, errors="coerce").to_numpy(dtype=float)[mine]
             y = pd.to_numeric(history[column], errors="coerce").to_numpy(dtype=float)[mine]
+            x, y = x[np.isfinite(x) & np.isfinite(y)], y[np.isfinite(x) & np.isfinite(y)]
             order = np.argsort(x, kind="stable")
             x, y = _thin(x[order], y[order])
             lines.append((svg.colour(i), svg.dash(seeds.index(name)) if name in seeds else "", x, y))
-    known = np.concatenate([y[np.isfinite(y)] for *_, y in lines] or [np.empty(0)])
+    known = np.concatenate([y for *_, y in lines] or [np.empty(0)])
     if not known.size:
         return None
     low, high = float(known.min()), float(known.max())
@@ -225,7 +256,8 @@ def _curve_panel(histories: Mapping[str, pd.DataFrame], column: str, title: str)
     low = min(low, 0.0) if column in _FROM_ZERO else low
     pad = 0.0 if log else max((high - low) * 0.05, abs(high) * 1e-3, 1e-9)
     width, height, left, top = 360.0, 220.0, 50.0, 28.0
-    panel = svg.Panel(width, height, f"{title} over optimiser steps")
+    unit = "optimiser step" if over == "step" else "epoch"
+    panel = svg.Panel(width, height, f"{title} over {unit}s")
     across = np.concatenate([x for _, _, x, _ in lines])
     xs = svg.Scale(float(across.min()), max(float(across.max()), float(across.min()) + 1), left, width - 10)
     bottom = height - 38
@@ -233,9 +265,9 @@ def _curve_panel(histories: Mapping[str, pd.DataFrame], column: str, title: str)
     ys = svg.Scale(floor, high * 1.05 if log else high + pad, bottom, top, log)
     panel.text(4, 14, f"{title}{' (log axis)' if log else ''}", size=12, bold=True)
     panel.y_axis(ys, left, width - 10)
-    panel.x_axis(xs, bottom, bottom, "optimiser step")
+    panel.x_axis(xs, bottom, bottom, unit if over == "step" else "epochs done")
     for stroke, pattern, x, y in lines:
-        panel.curve(_pieces(x, y, xs, ys), stroke, pattern)
+        panel.curve([[(xs(float(a)), ys(float(b))) for a, b in zip(x, y, strict=True)]], stroke, pattern)
     return panel.svg()
 
 
@@ -247,14 +279,47 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
 
 
-def _pieces(x: np.ndarray, y: np.ndarray, xs: svg.Scale, ys: svg.Scale) -> list[list[tuple[float, float]]]:
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for a, b in zip(x, y, strict=True):
-        if math.isfinite(a) and math.isfinite(b):
-            pieces[-1].append((xs(float(a)), ys(float(b))))
-        elif pieces[-1]:
-            pieces.append([])
-    return pieces
+def range_tests(data: ReportData) -> Figure | None:
+    """The learning-rate finder: loss against learning rate, one panel an arm, the chosen rate of each seed marked."""
+    arms = [arm for arm in arm_order(data) if any(name == arm for name, _ in data.range_tests)]
+    if not arms:
+        return None
+    seeds = sorted({seed for _, seed in data.range_tests})
+    panels = [_range_panel(data, arm, seeds) for arm in arms]
+    keys = _seed_keys(list(map(str, seeds)))
+    caption = (
+        "Learning-rate finder: the smoothed loss while the learning rate rises from step to step, from the weights that the "
+        "pretraining then starts from. The dot marks the rate that was taken for it: half-way down the longest fall of the "
+        f"loss. A loss above {_GIVEN_UP:g} times the smallest is drawn at the upper edge."
+    )
+    return Figure(caption, panels, keys)
+
+
+def _range_panel(data: ReportData, arm: str, seeds: Sequence[int]) -> Markup:
+    tests = {seed: data.range_tests[arm, seed] for seed in seeds if (arm, seed) in data.range_tests}
+    losses = np.concatenate([np.array(test.losses, dtype=float) for test in tests.values()])
+    rates = np.concatenate([np.array(test.learning_rates, dtype=float) for test in tests.values()])
+    low, high = float(losses.min()), float(losses.max())
+    high = min(high, _GIVEN_UP * low) if low > 0 else high
+    pad = max((high - low) * 0.05, abs(high) * 1e-3, 1e-9)
+    width, height, left, top = 360.0, 220.0, 50.0, 28.0
+    bottom = height - 38
+    xs = svg.Scale(float(rates.min()), max(float(rates.max()), float(rates.min()) * 1.01), left, width - 10, log=True)
+    ys = svg.Scale(low - pad, high + pad, bottom, top)
+    panel = svg.Panel(width, height, f"loss of {arm} over the learning rate, chosen rate marked")
+    chosen = ", ".join(svg.short(test.chosen) for test in tests.values())
+    panel.text(4, 14, svg.clipped(f"{svg.clipped(arm, 24)}, taken: {chosen}", 52), size=12, bold=True)
+    panel.y_axis(ys, left, width - 10)
+    panel.x_axis(xs, top, bottom, "learning rate (log axis)")
+    curves = [name for name in arm_order(data) if name in data.histories]
+    stroke = svg.colour(curves.index(arm) if arm in curves else 0)  # the arm's colour in the curves above
+    for seed, test in tests.items():
+        points = [(xs(rate), ys(min(loss, high))) for rate, loss in zip(test.learning_rates, test.losses, strict=True)]
+        panel.curve([points], stroke, svg.dash(seeds.index(seed)))
+        marked = points[int(np.argmin(np.abs(np.log(np.array(test.learning_rates) / test.chosen))))]
+        panel.line((marked[0], top, marked[0], bottom), svg.SOFT, 1, "2 3")
+        panel.dots([marked], svg.INK, 9, 1)
+    return panel.svg()
 
 
 def other_metrics(data: ReportData) -> list[str]:

@@ -36,6 +36,9 @@ from medssl.stages.report_text import (
     title_of,
 )
 
+_BAG_ROWS = 12
+"""Sizes of bags with a row of their own."""
+
 
 def complete(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     """The frame with every column of `COLUMNS[name]` (missing ones empty), those first, a fresh index."""
@@ -275,6 +278,24 @@ def card_table(facts: DatasetFacts) -> Table:
     ]
     rows += [["content digest", facts.digest]] if facts.digest else []
     return Table(f"Dataset card of {facts.name}.", [Column("field"), Column("value")], rows)
+
+
+def bags_table(facts: DatasetFacts) -> Table | None:
+    """How many bags have how many images, where the study pretrains on bags."""
+    if not facts.bags:
+        return None
+    sizes = sorted(facts.bags)
+    lines = [[count(size), count(facts.bags[size]), count(size * facts.bags[size])] for size in sizes[:_BAG_ROWS]]
+    rest = sizes[_BAG_ROWS:]
+    if rest:
+        bags, images = sum(facts.bags[size] for size in rest), sum(size * facts.bags[size] for size in rest)
+        lines.append([f"{count(rest[0])} to {count(rest[-1])}", count(bags), count(images)])
+    lines.append(["all bags", count(sum(facts.bags.values())), count(sum(size * facts.bags[size] for size in sizes))])
+    caption = (
+        f"Dataset {facts.name}: bags by number of images, for pretraining. Both views of a bag of one image are of that image; "
+        "where the bag has more, of two of its images."
+    )
+    return Table(caption, [Column("images in a bag"), Column("bags", "", True), Column("images", "", True)], lines)
 
 
 def feeding_table(data: ReportData) -> Table | None:

@@ -33,7 +33,8 @@ from medssl.stages.report_text import (
 
 FEW_REPEATS = 3
 """Fewer pretraining seeds or label draws than this are called few."""
-_COLLAPSED_RANK = 2.0
+COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.5
+"""At the end of a pretraining, a standard deviation or an effective rank no larger than this is a collapse, as in the loop."""
 
 MEANINGS = {
     "accuracy": "Accuracy is the share of test images that were named correctly.",
@@ -214,21 +215,31 @@ def _below_colour(data: ReportData) -> list[str]:
 def _collapses(data: ReportData) -> list[str]:
     texts = []
     for arm, history in data.histories.items():
-        if history.empty or "effective_rank" not in history:
-            continue
         groups = history.groupby("seed", sort=True) if "seed" in history else [("", history)]
-        lost = []
-        for seed, part in groups:
-            ranks = pd.to_numeric(part["effective_rank"], errors="coerce").to_numpy(dtype=float)
-            known = ranks[np.isfinite(ranks)]
-            if known.size and known[-1] < _COLLAPSED_RANK:
-                lost.append(f"seed {seed}: {number3(known[-1])}")
+        found = [(f"seed {seed}: " if seed != "" else "", _collapse(part)) for seed, part in groups]
+        lost = [who + measures for who, measures in found if measures]
         if lost:
             texts.append(
-                f"{arm}: the embedding collapsed (effective rank at the end of the pretraining: {', '.join(lost)}); "
-                "such features hold next to nothing."
+                f"{arm}: the embedding collapsed (at the end of the pretraining, {'; '.join(lost)}). Where all images get about "
+                "one feature, or features along one direction, nothing tells them apart: these scores say that the training "
+                "failed, not what its method is worth."
             )
     return texts
+
+
+def _collapse(history: pd.DataFrame) -> str:
+    """The last measures of one pretraining where either says that it collapsed; empty where they do not, or are not there."""
+    limits = {"embedding_std": COLLAPSED_STD, "effective_rank": COLLAPSED_RANK}
+    names = {"embedding_std": "standard deviation", "effective_rank": "effective rank"}
+    last = {}
+    for column in limits:
+        values = pd.to_numeric(history.get(column, pd.Series(dtype=float)), errors="coerce").to_numpy(dtype=float)
+        known = values[np.isfinite(values)]
+        if known.size:
+            last[column] = float(known[-1])
+    if not any(value <= limits[column] for column, value in last.items()):
+        return ""
+    return ", ".join(f"{names[column]} {number3(value)}" for column, value in last.items())
 
 
 def _edges(data: ReportData) -> list[str]:

@@ -20,7 +20,7 @@ from medssl.datasets.draws import label_draw
 from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
 
 # Raised when a stage's numbers change for the same configuration.
-VERSIONS = {"pretrain": 1, "initialise": 1, "embed": 1, "search": 1, "evaluate": 1, "report": 1}
+VERSIONS = {"pretrain": 2, "initialise": 2, "embed": 2, "search": 2, "evaluate": 2, "report": 2}
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 
@@ -73,7 +73,7 @@ class Specs:
     index: pd.DataFrame
     classes: list[str]
     weights_digests: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the weight files that arms start from, by URI."""
+    """Digest of the weights that arms start from, by the arm's name."""
 
     def pretraining_seeds(self, arm: Arm, protocol: Protocol | None = None) -> range:
         """Seeds of an arm; one for features without chance."""
@@ -102,13 +102,16 @@ class Specs:
         config: dict[str, Any] = {"images": self._decoding()}
         inputs = {"images": self._image_digest(rows)}
         if arm.initial_weights != "random":
-            inputs["initial_weights"] = self.weights_digests[arm.initial_weights]
+            inputs["initial_weights"] = self.weights_digests[arm.name]
         if arm.objective is None:
             config |= {"encoder": self.recipe.encoder_of(arm).canonical(), "seed": seed}
             return Spec("initialise", config, inputs, f"initialise {arm.name} seed {seed}", len(rows))
         plan = self.recipe.plan(arm, seed)
         config |= {"plan": plan.canonical(), "feeding": self.recipe.images.feeding}
-        return Spec("pretrain", config, inputs, f"pretrain {arm.name} seed {seed}", len(rows) * plan.epochs)
+        if arm.pairs == "bag":
+            keys = rows[["image_id", "bag_id", "patient_id"]].astype(object)
+            inputs["bags"] = digest_json(keys.where(keys.notna(), None).to_numpy().tolist())
+        return Spec("pretrain", config, inputs, f"pretrain {arm.name} seed {seed}", len(rows) * plan.total_epochs)
 
     def embed(self, arm: Arm, seed: int, protocol: LinearProbe, encoder: Marker | None) -> Spec:
         """Features of all labelled splits; with a bank of augmented passes where the protocol's heads draw from one."""

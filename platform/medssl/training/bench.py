@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from medssl.collectives import Process
-from medssl.training.feed import Feed
+from medssl.training.feed import Batch, Feed
 from medssl.training.plan import PretrainPlan
 from medssl.training.step import Stepper
 
@@ -32,10 +31,9 @@ class StepSpeed:
     """Seconds that `steps` whole steps took."""
 
 
-def _endless(feed: Feed) -> Iterator[Tensor]:
+def _endless(feed: Feed) -> Iterator[Batch]:
     for epoch in itertools.count():
-        for images_BHWC, _ in feed.batches(epoch):
-            yield images_BHWC
+        yield from feed.batches(epoch)
 
 
 def _seconds(process: Process, steps: int, body: Callable[[int], object]) -> float:
@@ -57,7 +55,7 @@ def measure_feed(feed: Feed, batches: int = 50) -> float:
     started = time.perf_counter()
     for _ in range(batches):
         next(source)
-    return batches * len(first) / (time.perf_counter() - started)
+    return batches * len(first.images_BHWC) / (time.perf_counter() - started)
 
 
 def measure_step(plan: PretrainPlan, feed: Feed, process: Process, *, steps: int = 5, warmup: int = 2) -> StepSpeed:
@@ -67,7 +65,7 @@ def measure_step(plan: PretrainPlan, feed: Feed, process: Process, *, steps: int
     for done in range(warmup):
         stepper.step(next(source), done)
     seconds = _seconds(process, steps, lambda step: stepper.step(next(source), warmup + step))
-    batch_BHWC = next(source)
-    views_seconds = _seconds(process, steps, lambda step: stepper.make_views(batch_BHWC, step))
-    images = steps * len(batch_BHWC)
+    batch = next(source)
+    views_seconds = _seconds(process, steps, lambda step: stepper.make_views(batch, step))
+    images = steps * len(batch.images_BHWC)
     return StepSpeed(images / seconds, images / views_seconds, steps, seconds)

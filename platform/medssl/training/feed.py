@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,21 @@ from medssl.errors import DataError, RecipeError
 IMAGES_FILE = "images.npy"
 IDS_FILE = "ids.parquet"
 
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """What a rank is given for one step, on the CPU."""
+
+    images_BHWC: Tensor
+    """uint8."""
+    rows_B: Tensor
+    """int64 row numbers of the images in the dataset's index."""
+    second_BHWC: Tensor | None = None
+    """At each place another image of the same bag, the same image where the bag has no other; None without bags."""
+    second_rows_B: Tensor | None = None
+    """Their row numbers."""
+
 
 class Feed(Protocol):
     """Batches of one rank. Every rank's feed yields as many batches, of as many images."""
@@ -32,8 +47,8 @@ class Feed(Protocol):
     batch_size: int
     """Images in one step over all ranks."""
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches (uint8 (B, H, W, C), row numbers (B,) int64) of an epoch from its `start_step` on, on the CPU.
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches of an epoch from its `start_step` on.
 
         The global batch of a step is the ranks' batches in rank order; it depends on (epoch, step) and the feed's seed
         alone, so that a resumed training sees what an undisturbed one sees.
@@ -111,6 +126,15 @@ def rank_slice(batch_size: int, process: Process) -> slice:
     return slice(process.rank * share, (process.rank + 1) * share)
 
 
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next one made in a thread while the current one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+        waiting = pool.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = pool.submit(next, items, None)
+            yield item
+
+
 class ResidentFeed:
     """Batches from resident images: a fresh permutation of the rows in every epoch, from (seed, epoch)."""
 
@@ -134,20 +158,13 @@ class ResidentFeed:
         """The epoch's permutation of the rows (before the last incomplete batch is dropped)."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """See :class:`Feed`. The next batch is copied while the current one trains."""
         order = torch.from_numpy(self.order(epoch))
-        steps = range(start_step, self.steps_per_epoch)
-        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
-            waiting = [pool.submit(self._batch, order, step) for step in steps[:1]]
-            for step in steps:
-                current = waiting.pop()
-                if step + 1 < self.steps_per_epoch:
-                    waiting.append(pool.submit(self._batch, order, step + 1))
-                yield current.result()
+        return ahead(self._batch(order, step) for step in range(start_step, self.steps_per_epoch))
 
-    def _batch(self, order: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, order: Tensor, step: int) -> Batch:
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
-        rows = whole[self._slice]
-        images_BHWC = self._images.index_select(0, rows)
-        return (images_BHWC.pin_memory() if self._pin else images_BHWC), rows
+        rows_B = whole[self._slice]
+        images_BHWC = self._images.index_select(0, rows_B)
+        return Batch(images_BHWC.pin_memory() if self._pin else images_BHWC, rows_B)

@@ -26,10 +26,12 @@ MEASURES = (
     "learning_rate",
     "embedding_std",
     "effective_rank",
+    "alignment",
+    "uniformity",
     "images_per_second",
     "data_wait_share",
 )
-"""Columns after step, epoch, rank, loss and the objective's terms. embedding_std and effective_rank are null but at logged
+"""Columns after step, epoch, rank, loss and the objective's terms. embedding_std to uniformity are null but at logged
 steps; images_per_second (over all ranks) and data_wait_share are means since the last logged step."""
 
 _PART = re.compile(r"(\d+)-(\d+)-rank-(\d+)\.parquet")
@@ -48,21 +50,21 @@ class History:
         """Notes a step's scalars; they stay on the device until :meth:`settle`."""
         self._pending.append((step, scalars, learning_rate))
 
-    def settle(self, collapse: tuple[Tensor, Tensor] | None, rates: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    def settle(self, collapse: dict[str, Tensor] | None, rates: Callable[[], dict[str, float]]) -> dict[str, Any]:
         """Fetches the noted steps from the device in one transfer and returns the latest row.
 
-        `collapse` (embedding_std, effective_rank) belongs to the last step; `rates` is called once the device has caught
+        `collapse` (embedding_std and so on) belongs to the last step; `rates` is called once the device has caught
         up, and its values hold for all the steps.
         """
         names = list(self._pending[0][1])
         table = torch.stack([torch.stack([scalars[n].double() for n in names]) for _, scalars, _ in self._pending]).tolist()
-        measured = torch.stack([value.double() for value in collapse]).tolist() if collapse is not None else [None, None]
+        measured = torch.stack([value.double() for value in collapse.values()]).tolist() if collapse else []
         shared = rates()
         for (step, _, rate), values in zip(self._pending, table, strict=True):
             epoch = (step - 1) // self.steps_per_epoch
             row = {"step": step, "epoch": epoch, "rank": self.rank, **dict(zip(names, values, strict=True))}
             self.rows.append({**row, "learning_rate": rate, **shared})
-        self.rows[-1].update(embedding_std=measured[0], effective_rank=measured[1])
+        self.rows[-1].update(zip(collapse or (), measured, strict=True))
         self._pending = []
         return self.rows[-1]
 

@@ -8,7 +8,9 @@ state and the number of steps are all that a resumed run needs, and it repeats t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +19,14 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medssl.checkpoint import CheckpointFolder
 from medssl.collectives import Process, agree_largest, barrier
+from medssl.errors import RecipeError
 from medssl.networks.encoder import save_weights
 from medssl.store import Store
-from medssl.training.feed import Feed
+from medssl.training.feed import Batch, Feed
 from medssl.training.history import History, read_history, to_parquet, to_tensorboard
 from medssl.training.plan import PretrainPlan
 from medssl.training.step import Stepper, collapse_measures
@@ -31,7 +34,17 @@ from medssl.views import view_sheet
 
 EVENTS_FILE = "events.out.tfevents.0.medssl"
 SHEET_FILE = "views.png"
+FINDER_FILE = "finder.json"
+MONITOR_FOLDER = "monitor"
 _SHEET_IMAGES = 8
+_COLLAPSED_STD, _COLLAPSED_RANK = 0.02, 1.5
+"""A random ResNet starts far above both: what falls below has collapsed."""
+
+logger = logging.getLogger(__name__)
+
+
+Monitor = Callable[[nn.Module], dict[str, float]]
+"""Measures an encoder: names and values."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +109,10 @@ class _Run:
     """Steps that were done already when this process began."""
     done: int = 0
     last_checkpoint_step: int | None = None
-    features_BE: Tensor | None = None
-    """The last step's features."""
+    features: tuple[Tensor, Tensor] | None = None
+    """The last step's features (B, E) of both views."""
+    warned: bool = False
+    """Whether the user has been told of a collapse."""
     window_steps: int = 0
     window_started: float = 0.0
     waited: float = 0.0
@@ -115,12 +130,16 @@ def pretrain(
     log_every_steps: int = 10,
     on_progress: Callable[[Progress], None] | None = None,
     initial_encoder: bytes | None = None,
+    monitor: Monitor | None = None,
+    monitor_every_epochs: int = 1,
 ) -> PretrainResult:
     """Trains as `plan` says, going on from the last checkpoint in `output`; every rank calls it alike.
 
     Checkpoints are written at epoch ends and, where given, every `checkpoint_every_steps` steps (the feed must then be able
     to start within an epoch). `on_progress` is called on every rank at every logged step. A loss or gradient that is not
-    finite ends the training with that status on all ranks; it is no exception, and no checkpoint holds it.
+    finite ends the training with that status on all ranks; it is no exception, and no checkpoint holds it. `monitor` is called
+    on rank 0 with the encoder in evaluation mode after every `monitor_every_epochs` epochs and the last; what it returns goes
+    to `monitor/<epoch>.json`.
     """
     if feed.batch_size != plan.batch_size:
         raise ValueError(f"the feed gives batches of {feed.batch_size}, the plan wants {plan.batch_size}")
@@ -146,6 +165,8 @@ def pretrain(
         if _log_due(run):
             _log(run)
         if _checkpoint_due(run):
+            if monitor is not None:
+                _monitor(run, monitor, monitor_every_epochs)
             _save_checkpoint(run)
     return _finish(run)
 
@@ -154,7 +175,7 @@ def _continue_from_checkpoint(run: _Run) -> None:
     latest = (run.checkpoints.latest() or 0) if run.process.is_main else 0
     run.done = run.resumed_at_step = agree_largest(latest, run.process.device)
     if run.done:
-        run.stepper.restore(*run.checkpoints.load(run.done))
+        run.stepper.restore(*run.checkpoints.load(run.done), run.done)
         run.last_checkpoint_step = run.done
     if run.process.is_main:
         run.history.forget_after(run.done)
@@ -162,32 +183,47 @@ def _continue_from_checkpoint(run: _Run) -> None:
     _start_window(run)
 
 
-def _remaining_batches(run: _Run) -> Iterator[Tensor]:
+def _remaining_batches(run: _Run) -> Iterator[Batch]:
     """This rank's batches from the step after the last one done to the end of the last epoch; notes the time waited."""
     sheet_wanted = run.process.is_main and not run.output.exists(SHEET_FILE)
-    for epoch in range(run.done // run.feed.steps_per_epoch, run.plan.epochs):
+    for epoch in range(run.done // run.feed.steps_per_epoch, run.plan.total_epochs):
         batches = run.feed.batches(epoch, run.done - epoch * run.feed.steps_per_epoch)
         while True:
             started = time.perf_counter()
-            images_BHWC, _ = next(batches, (None, None))
+            batch = next(batches, None)
             run.waited += time.perf_counter() - started
-            if images_BHWC is None:
+            if batch is None:
                 break
             if sheet_wanted:
-                sheet = view_sheet(images_BHWC[:_SHEET_IMAGES], run.plan.views, run.plan.encoder, seed=run.plan.seed)
+                sheet = view_sheet(batch.images_BHWC[:_SHEET_IMAGES], run.plan.views, run.plan.encoder, seed=run.plan.seed)
                 run.output.write(SHEET_FILE, sheet)
                 sheet_wanted = False
-            yield images_BHWC
+            yield batch
 
 
-def _train_step(run: _Run, images_BHWC: Tensor) -> None:
-    outcome = run.stepper.step(images_BHWC, run.done)
+def _train_step(run: _Run, batch: Batch) -> None:
+    if run.plan.learning_rate_finder and run.done == run.stepper.head_steps:
+        _find_rate(run)
+    outcome = run.stepper.step(batch, run.done)
     run.done += 1
     run.window_steps += 1
-    run.features_BE = outcome.features_BE
+    run.features = outcome.features_BE, outcome.features2_BE
     finite = torch.isfinite(outcome.scalars["loss"]) & torch.isfinite(outcome.scalars["gradient_norm"])
     run.first_bad = torch.where(finite | (run.first_bad > 0), run.first_bad, run.done)
     run.history.add(run.done, outcome.scalars, outcome.learning_rate)
+
+
+def _find_rate(run: _Run) -> None:
+    """The range test in front of the main phase; a run that is resumed here repeats it, from the same weights and batches."""
+    epoch, steps = run.done // run.feed.steps_per_epoch, itertools.count()
+    batches = itertools.chain.from_iterable(run.feed.batches(epoch + number) for number in steps)
+    try:
+        test = run.stepper.find_rate(batches, run.done)
+    except ValueError as error:
+        raise RecipeError(f"learning_rate_finder: {error}: give optimiser.learning_rate instead") from None
+    if run.process.is_main:
+        run.output.write(FINDER_FILE, test.to_json())
+    _start_window(run)
 
 
 def _first_bad_step(run: _Run) -> int:
@@ -215,12 +251,26 @@ def _start_window(run: _Run) -> None:
 
 def _log(run: _Run) -> None:
     """Fetches the rows since the last log from the device, adds rates and collapse measures, reports progress."""
-    assert run.features_BE is not None
-    collapse = collapse_measures(run.features_BE)
-    row = run.history.settle(collapse, lambda: _window_rates(run))
+    assert run.features is not None
+    row = run.history.settle(collapse_measures(*run.features), lambda: _window_rates(run))
+    if run.process.is_main and not run.warned:
+        run.warned = _warn_of_collapse(run.done, row)
     if run.on_progress is not None:
         run.on_progress(_progress(run, row))
     _start_window(run)
+
+
+def _warn_of_collapse(step: int, row: dict[str, Any]) -> bool:
+    """Says so in words when all images get about one feature, or features of about one direction."""
+    if row["embedding_std"] > _COLLAPSED_STD and row["effective_rank"] > _COLLAPSED_RANK:
+        return False
+    logger.warning(
+        "the representation is collapsing at step %d: embedding standard deviation %.3g (1 is spread out, 0 is one point), "
+        "effective rank %.3g. Features like these tell images apart no more: lower the learning rate, lengthen the warm-up, or "
+        "strengthen what keeps features apart (a larger batch, lambda_, variance, target_momentum)",
+        step, row["embedding_std"], row["effective_rank"],
+    )  # fmt: skip
+    return True
 
 
 def _window_rates(run: _Run) -> dict[str, float]:
@@ -234,7 +284,7 @@ def _progress(run: _Run, row: dict[str, Any]) -> Progress:
         step=run.done,
         total_steps=run.stepper.total_steps,
         epoch=run.done // run.feed.steps_per_epoch,
-        total_epochs=run.plan.epochs,
+        total_epochs=run.plan.total_epochs,
         images=run.done * run.feed.batch_size,
         total_images=run.stepper.total_steps * run.feed.batch_size,
         loss=row["loss"],
@@ -252,6 +302,22 @@ def _save_checkpoint(run: _Run) -> None:
     if run.process.is_main:
         run.checkpoints.save(run.done, run.stepper.module.state_dict(), run.stepper.state())
     run.last_checkpoint_step = run.done
+    _start_window(run)
+
+
+def _monitor(run: _Run, monitor: Monitor, every_epochs: int) -> None:
+    """At the end of an epoch, on rank 0; the others wait at the checkpoint. A resumed run writes the same again."""
+    epoch, rest = divmod(run.done, run.feed.steps_per_epoch)
+    if rest or not run.process.is_main or (epoch % every_epochs and epoch != run.plan.total_epochs):
+        return
+    encoder = run.stepper.module.encoder
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    with torch.no_grad():
+        measured = monitor(encoder)
+    for module, mode in modes.items():
+        module.training = mode
+    run.output.write(f"{MONITOR_FOLDER}/{epoch:05d}.json", json.dumps({"epoch": epoch, **measured}).encode())
     _start_window(run)
 
 
@@ -275,7 +341,7 @@ def _finish(run: _Run) -> PretrainResult:
     if run.process.is_main:
         files, facts = _write_results(run)
     barrier()
-    return PretrainResult("finished", run.done, run.plan.epochs, rate, run.last_checkpoint_step, files, facts)
+    return PretrainResult("finished", run.done, run.plan.total_epochs, rate, run.last_checkpoint_step, files, facts)
 
 
 def _write_results(run: _Run) -> tuple[dict[str, str], dict[str, Any]]:
@@ -290,7 +356,12 @@ def _write_results(run: _Run) -> tuple[dict[str, str], dict[str, Any]]:
         run.output.write(name, data)
     files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     files[SHEET_FILE] = hashlib.sha256(run.output.read(SHEET_FILE)).hexdigest()
-    return files, summarise(history, run.feed.batch_size) | {"resumed_at_step": run.resumed_at_step}
+    facts = summarise(history, run.feed.batch_size) | {"resumed_at_step": run.resumed_at_step}
+    if run.plan.learning_rate_finder:
+        facts["found_learning_rate"] = run.stepper.peak_rate
+    if run.stepper.module.surgery is not None:
+        facts["surgery"] = run.stepper.module.surgery
+    return files, facts
 
 
 def summarise(history: pa.Table, batch_size: int) -> dict[str, Any]:
@@ -304,5 +375,5 @@ def summarise(history: pa.Table, batch_size: int) -> dict[str, Any]:
         "images_per_second": statistics.harmonic_mean([row["images_per_second"] for row in rows]),
         "data_wait_share": statistics.fmean(row["data_wait_share"] for row in rows),
         "embedding_std": last[-1]["embedding_std"],
-        "effective_rank": last[-1]["effective_rank"],
+        **{name: last[-1][name] for name in ("effective_rank", "alignment", "uniformity")},
     }

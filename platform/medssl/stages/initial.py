@@ -1,0 +1,135 @@
+"""The weights that an arm starts from: found, fitted to its encoder, and put where every worker can read them.
+
+`initial_weights` is `random`, `timm` (the encoder's own pretrained weights), `timm:NAME`, or a file: a URI, an absolute
+path, or a relative one, which is taken from the current folder if the file is there and else from the store. Only the
+driver looks: workers on other nodes have another current folder, other disks, and perhaps no way to the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medssl.artifacts import digest_json, folder
+from medssl.errors import DataError, MissingKey, RecipeError
+from medssl.networks.encoder import EncoderParams
+from medssl.recipe import Arm, Recipe
+from medssl.stages.specs import Spec
+from medssl.store import Store, open_store
+
+STAGED = "initial.safetensors"
+"""File in the artifact's folder with the fitted weights while the artifact is being made."""
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".tar", ".bin")
+
+
+@dataclass(frozen=True)
+class GivenWeights:
+    """Weights that an encoder starts from, in our own strict layout."""
+
+    uri: str
+    """Where they are for the time of the making."""
+    facts: dict[str, Any]
+    """For the artifact's marker: source, its digest and licence as far as known, what was loaded, dropped and missing."""
+
+
+def facts_of(given: GivenWeights | None) -> dict[str, Any]:
+    """What the marker of an artifact that starts from given weights says of them; nothing for random ones."""
+    return {"initial_weights": given.facts} if given else {}
+
+
+def weights_digests(recipe: Recipe, store: Store) -> dict[str, str]:
+    """Digest of the weights that arms start from, by the arm's name; random ones have none.
+
+    Of a file its SHA-256; of timm's weights one of their name and place, so that planning downloads nothing.
+
+    Raises:
+        MedsslError: the file or timm's weights do not exist.
+    """
+    return {
+        arm.name: _digest(arm.initial_weights, recipe.encoder_of(arm), store)
+        for arm in recipe.arms
+        if arm.initial_weights != "random"
+    }
+
+
+def stage_weights(recipe: Recipe, store: Store, encoders: Iterable[tuple[Arm, int, Spec]]) -> dict[str, GivenWeights]:
+    """Fits the weights of all encoders that start from given ones and puts them in the artifacts' folders; by artifact.
+
+    Raises:
+        MedsslError: they cannot be read, do not fit the encoder, or are others than when the study was planned.
+    """
+    return {
+        spec.name: _stage(arm, recipe.encoder_of(arm), seed, spec, store)
+        for arm, seed, spec in encoders
+        if arm.initial_weights != "random"
+    }
+
+
+def _stage(arm: Arm, encoder: EncoderParams, seed: int, spec: Spec, store: Store) -> GivenWeights:
+    from medssl.networks.weights import encoder_weights, find_timm, load_timm, read_weights
+
+    given = arm.initial_weights
+    licence = note = ""
+    try:
+        if _is_timm(given):
+            found = find_timm(given, encoder)
+            tensors = load_timm(found, encoder)
+            source, licence = f"timm:{found.name}", found.licence
+            if found.channels != encoder.channels:
+                note = f"; timm fitted the first convolution from {found.channels} to {encoder.channels} channel(s)"
+        else:
+            data, source = _read(given, store), given
+            if hashlib.sha256(data).hexdigest() != spec.inputs["initial_weights"]:
+                raise DataError("the file changed while the study ran: run the study again")
+            tensors = read_weights(data)
+        fitted, report = encoder_weights(encoder, tensors, seed)
+    except DataError as error:
+        raise DataError(f"arm '{arm.name}', encoder {encoder.name}, initial_weights '{given}': {error}") from None
+    place = folder(store, spec.name)
+    place.write(STAGED, fitted)
+    facts = {
+        "source": source, "source_digest": spec.inputs["initial_weights"], "sha256": hashlib.sha256(fitted).hexdigest(),
+        "licence": licence, "summary": report.describe() + note, **report.facts(),
+    }  # fmt: skip
+    return GivenWeights(place.uri_of(STAGED), facts)
+
+
+def _digest(given: str, encoder: EncoderParams, store: Store) -> str:
+    if not _is_timm(given):
+        return hashlib.sha256(_read(given, store)).hexdigest()
+    from medssl.networks.weights import find_timm
+
+    found = find_timm(given, encoder)
+    return digest_json({"timm": found.name, "place": found.place})
+
+
+def _is_timm(given: str) -> bool:
+    return given.partition(":")[0] == "timm" and "://" not in given
+
+
+def _read(given: str, store: Store) -> bytes:
+    """The file's bytes."""
+    if given.startswith(("http://", "https://")):
+        raise RecipeError(f"initial_weights '{given}': web addresses are not read; download the file and give its path or URI")
+    if not given.endswith(SUFFIXES):
+        choices = ", ".join(SUFFIXES)
+        raise RecipeError(f"initial_weights '{given}': give `random`, `timm`, `timm:NAME`, or a file that ends in {choices}")
+    if "://" in given:
+        parent, _, key = given.rpartition("/")
+        return _read_key(open_store(parent), key, given, "there is no such file")
+    path = Path(given).expanduser()
+    if path.is_file():
+        return _read_key(open_store(str(path.absolute().parent)), path.name, given, "there is no such file")
+    if path.is_absolute() or ".." in path.parts:
+        raise DataError(f"initial_weights '{given}': there is no such file")
+    return _read_key(store, path.as_posix(), given, f"there is no such file in {Path.cwd()} or in {store.uri}")
+
+
+def _read_key(place: Store, key: str, given: str, absent: str) -> bytes:
+    try:
+        return place.read(key)
+    except MissingKey:
+        raise DataError(f"initial_weights '{given}': {absent}") from None
