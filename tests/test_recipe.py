@@ -91,6 +91,43 @@ def test_what_is_refused(changes: dict[str, Any], words: list[str]) -> None:
         assert word in message, message
 
 
+def pretrained(**arm: Any) -> dict[str, Any]:
+    fields = {"name": "bt", "objective": {"name": "barlow_twins", "projector": [8, 8]}, "epochs": 2, "batch_size": 8} | arm
+    return raw(arms=[fields, {"name": "random"}])
+
+
+@pytest.mark.parametrize(
+    ("arm", "words"),
+    [
+        ({"objective": {"name": "barlow_twin"}}, ["barlow_twin", "barlow_twins", "simclr", "swav"]),
+        ({"objective": {"name": "simclr", "projector": [0]}}, ["projector", "equal to 1", "not 0"]),
+        ({"objective": {"name": "simclr", "projector": []}}, ["projector"]),
+        ({"objective": {"name": "simclr", "temperatur": 1}}, ["temperatur", "did you mean 'temperature'?"]),
+        ({"batch_size": 1}, ["batch_size", "equal to 2", "not 1"]),
+        ({"batch_size": 2}, ["batch_size 2 gives 2 workers one image each"]),
+        ({"objective": {"name": "swav", "queue": 100}}, ["queue 100 is not a multiple of batch_size 8", "use 96"]),
+        ({"views": {"small_crops": 4, "small_px": 32}}, ["barlow_twins takes two views", "small_crops"]),
+        ({"objective": {"name": "swav"}, "views": {"preset": "swav"}}, ["small_px 96 is larger than encoder.image_px 64"]),
+        ({"further": {"trained": "last_block"}}, ["further is for weights that are given", "initial_weights is random"]),
+        ({"surgery": {}}, ["surgery is for weights that are given"]),
+        ({"encoder_parts": 3}, ["encoder_parts 3 does not divide a worker's 4 images"]),
+        ({"views": {"preset": "simclrr"}}, ["simclrr", "simclr"]),
+    ],
+)  # fmt: skip
+def test_which_pretrainings_are_refused(arm: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(pretrained(**arm) | {"compute": {"workers": 2}})
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_the_finder_is_refused_with_streaming() -> None:
+    with pytest.raises(RecipeError, match=r"finder needs images\.feeding resident"):
+        load(pretrained(learning_rate_finder=True) | {"images": {"feeding": "streaming"}})
+
+
 def test_overrides_are_typed_validated_and_in_order() -> None:
     recipe = load(raw(), ["arms.0.epochs=5", "arms.bt.optimiser.learning_rate=1e-2", "arms.0.epochs=7"])
     assert recipe.arms[0].epochs == 7

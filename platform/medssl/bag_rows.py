@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from medssl.datasets.dataset import Dataset, Shard
 from medssl.datasets.packed import Packed, open_packed, pack_shard, packed_name, read_packed, write_places
-from medssl.datasets.read import Decoding, _decode
+from medssl.datasets.read import Decoding, decode_row
 from medssl.errors import DataError
-from medssl.rows import OnProgress, _pausing, quiet_ray_data, user_error
+from medssl.rows import OnProgress, pausing, quiet_ray_data, user_error
 from medssl.store import Store, open_for_writing, open_store
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def stream_rows(packed: Packed, rows: Rows, decoding: Decoding) -> Iterator[NDAr
     # One block per task: a task that waited for its second or third to be taken would keep its CPU from the peers' tasks,
     # while this rank waits for those peers in a collective.
     stream.context.target_max_block_size = 2 * piece_bytes
-    stream.context.custom_execution_callback_classes = [_pausing()]
+    stream.context.custom_execution_callback_classes = [pausing()]
     options = stream.context.execution_options
     options.preserve_order = True
     options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=_PIECES_AHEAD * piece_bytes)
@@ -144,7 +144,7 @@ def _decode_rows(batch: Any, *, decoding: Decoding) -> Iterator[dict[str, NDArra
     torch.set_num_threads(1)  # a task has one CPU
     rows, packed = np.frombuffer(batch["rows"][0].as_py(), np.int64), pickle.loads(batch["places"][0].as_py())
     images = read_packed(packed)
-    yield {"image": np.stack([_decode(row, data, decoding, packed.uri) for row, data in zip(rows, images, strict=True)])}
+    yield {"image": np.stack([decode_row(row, data, decoding, packed.uri) for row, data in zip(rows, images, strict=True)])}
 
 
 class StreamBagFeed:

@@ -73,7 +73,7 @@ def stream_images(
     shards = [{"path": s.path, "rows": s.rows, "first_row": s.first_row} for s in dataset.shards]
     stream: ray.data.Dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
     stream.context.target_max_block_size = _BLOCK_BYTES
-    stream.context.custom_execution_callback_classes = [_pausing()]
+    stream.context.custom_execution_callback_classes = [pausing()]
     if seed is not None:
         stream = stream.randomize_block_order(seed=ray.data.RandomSeedConfig(seed, reseed_after_execution=True))
     return stream.map_batches(
@@ -89,7 +89,7 @@ def stream_images(
     )
 
 
-def _pausing() -> type:
+def pausing() -> type:
     """A callback of Ray Data's scheduling loop that rests between its rounds.
 
     While a trainer is slower than the decoding, finished blocks wait for room, and the loop looks at them again and again

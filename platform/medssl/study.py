@@ -16,7 +16,7 @@ from typing import Any
 
 from medssl.artifacts import Marker, finished, read_marker, read_markers
 from medssl.datasets.dataset import Dataset, open_dataset
-from medssl.errors import DataError, RecipeError, StoreError
+from medssl.errors import DataError, MedsslError, RecipeError, StoreError
 from medssl.events import Event, OnEvent
 from medssl.leases import Lease, lease
 from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
@@ -262,6 +262,8 @@ class Study:
                     raise RecipeError(f"arm '{arm.name}': {error}") from None
 
     def _check_bags(self, arm: Arm) -> None:
+        from medssl.training.bags import Bags  # with torch, which a study without bags can do without here
+
         index = self.specs.index
         rows = index[index["split"].isin(self.recipe.pretraining_splits)]
         for column, what in (("bag_id", "bag (lesion or case)"), ("patient_id", "patient")):
@@ -270,10 +272,10 @@ class Study:
                     f"arm '{arm.name}': pairs is bag, but no image of {self.dataset.uri} has a {what} id: ingest with "
                     f"--{column.removesuffix('_id')}-column, or use pairs: image"
                 )
-        if not rows["bag_id"].duplicated(keep=False)[rows["bag_id"].notna()].any():
-            raise RecipeError(
-                f"arm '{arm.name}': pairs is bag, but no bag of {self.dataset.uri} has two images: use pairs: image"
-            )
+        try:
+            Bags.of_index(index, rows.index.to_numpy()).steps_per_epoch(arm.batch_size)
+        except MedsslError as error:
+            raise RecipeError(f"arm '{arm.name}': {error}") from None
 
 
 def _prepare(

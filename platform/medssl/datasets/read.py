@@ -67,7 +67,7 @@ def decoded_batches(
                 if splits is None or split in splits
             ]
             if chosen:
-                images = [_decode(row, data, decoding, dataset_uri) for row, data in chosen]
+                images = [decode_row(row, data, decoding, dataset_uri) for row, data in chosen]
                 yield {"row": np.array([row for row, _ in chosen], np.int64), "image": np.stack(images)}
     if seen != shard.rows:
         raise DataError(
@@ -75,7 +75,8 @@ def decoded_batches(
         )
 
 
-def _decode(row: int, data: Any, decoding: Decoding, uri: str) -> NDArray[np.uint8]:
+def decode_row(row: int, data: Any, decoding: Decoding, uri: str) -> NDArray[np.uint8]:
+    """One stored image -> uint8 (H, W, C); DataError, naming the row and dataset, when it cannot be decoded any more."""
     try:
         return decode(bytes(data), px=decoding.decode_px, resize=decoding.resize, channels=decoding.channels)
     except DataError as error:
