@@ -23,7 +23,7 @@ from PIL import Image
 from medssl.datasets.dataset import open_dataset
 from medssl.datasets.pseudonyms import pseudonym
 from medssl.datasets.table import TableColumns
-from medssl.errors import DataError
+from medssl.errors import DataError, StoreError
 from medssl.stages.ingest import IngestOptions, IngestResult, TooManyRejected, ingest
 from medssl.store import open_store
 
@@ -189,6 +189,15 @@ def test_a_refused_ingest_leaves_no_shard_of_a_task_that_was_still_at_work(ray_s
     assert not was_over and not tree(tmp_path / "out")
 
 
+@pytest.mark.s3
+def test_a_store_that_fails_in_a_task_is_one_line(ray_session: Any, s3_server: Any, tmp_path: Path) -> None:
+    """The images lie in a bucket that is not there, which only the tasks find out."""
+    table = make_table(tmp_path, image=lambda n: f"s3://no-such-bucket-anywhere/{n:04d}.jpg")
+    with pytest.raises(StoreError, match="no-such-bucket-anywhere") as caught:
+        run(table, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not tree(tmp_path / "out")
+
+
 def test_bad_input_loses_nothing_that_was_there(ray_session: Any, tmp_path: Path) -> None:
     table = make_table(tmp_path)
     run(table, tmp_path / "out")
@@ -285,7 +294,7 @@ def slow(path, rows, store):
     return entry
 def write_slowly(batch, **options):
     shards._publish = slow
-    return write(batch, **options)
+    yield from write(batch, **options)
 stage._write_shards = write_slowly
 ray.init(address=address, log_to_driver=False)
 stage.ingest(table, target, stage.IngestOptions(shard_rows=8))

@@ -15,7 +15,7 @@ import io
 import json
 import pickle
 import posixpath
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -273,17 +273,18 @@ class _Stop:
         return self._set
 
 
-def _write_shards(batch: pa.Table, *, store_uri: str, stop: Any) -> pa.Table:
-    """The Ray Data task."""
+def _write_shards(batch: pa.Table, *, store_uri: str, stop: Any) -> Iterator[pa.Table]:
+    """The Ray Data task; a generator, since Ray Data loses the cause of an error in a plain function (2.60)."""
     import ray
     import torch
 
     if ray.get(stop.is_set.remote()):
-        return pa.table({"shard": batch["shard"], "result": pa.nulls(len(batch), pa.binary())})
+        yield pa.table({"shard": batch["shard"], "result": pa.nulls(len(batch), pa.binary())})
+        return
     torch.set_num_threads(1)  # a task has one CPU
     store = open_store(store_uri)
     results = [pickle.dumps(write_shard(_from_ipc(rows.as_py()), store)) for rows in batch["rows"]]
-    return pa.table({"shard": batch["shard"], "result": pa.array(results, pa.binary())})
+    yield pa.table({"shard": batch["shard"], "result": pa.array(results, pa.binary())})
 
 
 def _too_many(results: dict[int, ShardResult], total: int, done: int, limit: float) -> TooManyRejected | None:
