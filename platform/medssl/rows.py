@@ -136,7 +136,9 @@ def user_error(error: BaseException) -> BaseException:
     while inner is not None and id(inner) not in seen:
         seen.add(id(inner))
         if isinstance(inner, MedsslError) and not hasattr(inner, "as_instanceof_cause"):
-            return inner
+            lines = str(inner).splitlines()
+            # our messages are one line: what follows is Ray Data's advice on retries
+            return inner if len(lines) < 2 else type(inner)(lines[0])
         inner = getattr(inner, "cause", None) or inner.__cause__
     return error
 
