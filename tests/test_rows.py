@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from medssl.datasets.dataset import Dataset, open_dataset
+from medssl.datasets.read import Decoding
 from medssl.datasets.synthetic import write_synthetic
 from medssl.errors import DataError, RecipeError
 from medssl.images import decode
@@ -157,7 +158,8 @@ def test_stream_feed_gives_every_rank_as_much_in_another_order_each_epoch(
 
         from medssl.collectives import Process
 
-        feed = StreamFeed(shard, len(train), 8, 0, Process(rank=rank, world=2, device=torch.device("cpu")))
+        process = Process(rank=rank, world=2, device=torch.device("cpu"))
+        feed = StreamFeed(shard, len(train), 8, 0, process, Decoding(PX, "squash"))
         epochs = []
         for epoch in range(2):
             batches = list(feed.batches(epoch))
@@ -188,6 +190,6 @@ def test_stream_feed_refuses_what_it_cannot_do(dataset: Dataset) -> None:
     process = Process(rank=0, world=1, device=torch.device("cpu"))
     stream = stream_images(dataset, decode_px=PX, resize="squash").iterator()
     with pytest.raises(RecipeError, match="larger than the 10 images"):
-        StreamFeed(stream, 10, 16, 0, process)
+        StreamFeed(stream, 10, 16, 0, process, Decoding(PX, "squash"))
     with pytest.raises(ValueError, match="epoch ends only"):
-        next(StreamFeed(stream, 40, 8, 0, process).batches(0, start_step=1))
+        next(StreamFeed(stream, 40, 8, 0, process, Decoding(PX, "squash")).batches(0, start_step=1))

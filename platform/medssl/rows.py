@@ -38,6 +38,7 @@ _BLOCK_BYTES = 16 << 20
 """Largest block of decoded images that Ray Data hands on: many fit into an object store of 300 MB."""
 _SHUFFLE_BYTES = 256 << 20
 """Largest shuffle buffer of one rank."""
+_SHUFFLE_IMAGES = 4096
 _PAUSE_SECONDS = 0.02
 _BUILDING = ".building-"
 
@@ -151,7 +152,13 @@ class StreamFeed:
     """
 
     def __init__(
-        self, stream: ray.data.DataIterator, images: int, batch_size: int, seed: int, process: Process
+        self,
+        stream: ray.data.DataIterator,
+        images: int,
+        batch_size: int,
+        seed: int,
+        process: Process,
+        decoding: Decoding,
     ) -> None:
         """`stream` is `ray.train.get_dataset_shard(...)`, `images` counts the streamed images of all ranks."""
         from medssl.training.feed import rank_slice
@@ -162,11 +169,12 @@ class StreamFeed:
         self.batch_size = batch_size
         self.steps_per_epoch = images // batch_size
         self._stream = stream
-        self._images = images // process.world
+        fitting = _SHUFFLE_BYTES // (decoding.decode_px**2 * decoding.channels)
         self._share = share.stop - share.start
+        # as large in every epoch, so that memory is flat
+        self._buffer_rows = max(self._share, min(_SHUFFLE_IMAGES, fitting, images // process.world))
         self._seed = seed * process.world + process.rank
         self._pin = process.device.type == "cuda"
-        self._image_bytes: int = 0
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """See `medssl.training.feed.Feed`; as many on every rank.
@@ -186,11 +194,10 @@ class StreamFeed:
             batch_format="numpy",
             drop_last=True,
             prefetch_batches=2,
-            local_shuffle_buffer_size=self._buffer_rows(),
+            local_shuffle_buffer_size=self._buffer_rows,
             local_shuffle_seed=self._seed + 1_000_003 * epoch,
         ):
             images_BHWC = np.ascontiguousarray(batch["image"])
-            self._image_bytes = int(images_BHWC[0].nbytes)
             if steps < self.steps_per_epoch:  # what is left over is read, not used: the stream then ends on all ranks
                 steps += 1
                 images = torch.from_numpy(images_BHWC if images_BHWC.flags.writeable else images_BHWC.copy())
@@ -200,11 +207,6 @@ class StreamFeed:
             raise DataError(
                 f"the stream gave {steps} batches of {self._share}, {self.steps_per_epoch} were promised: run again"
             )
-
-    def _buffer_rows(self) -> int:
-        """Images to shuffle among: up to 4096, as many as fit once the size of one is known, and a batch at least."""
-        fitting = _SHUFFLE_BYTES // self._image_bytes if self._image_bytes else 1024
-        return int(max(self._share, min(4096, fitting, self._images)))
 
 
 # ------------------------------------------------------------------------------------------------------------- resident

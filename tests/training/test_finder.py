@@ -55,6 +55,7 @@ def test_the_training_is_left_as_it_was() -> None:
     before = save_weights(stepper.module)
     endless = iter(lambda: Batch(images, torch.arange(12)), None)
     found = stepper.find_rate(endless, 0)
+    assert {group["peak"] for group in stepper.optimiser.param_groups} == {found.chosen}
     assert save_weights(stepper.module) == before and not stepper.optimiser.state
     assert stepper.peak_rate == found.chosen == stepper.optimiser.param_groups[0]["peak"]
     assert LOWEST < found.chosen < HIGHEST and len(found.losses) > 20

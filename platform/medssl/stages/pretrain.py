@@ -56,16 +56,16 @@ class Job:
     """Row numbers of the pretraining images (resident feeding)."""
     resident: dict[str, Any] | None
     """How to open the resident file on any node; None streams."""
+    dataset_uri: str
+    """Where bags are looked up, for pairs of a bag."""
+    decoding: dict[str, Any]
+    """decode_px, resize and channels."""
     compute: dict[str, Any]
     initial_weights: str | None
     watched: dict[str, Any] | None = None
     """Labelled images that the monitor looks at (fields of `Watched`); None watches nothing."""
-    dataset_uri: str | None = None
-    """Where bags are looked up, for pairs of a bag."""
     packed_uri: str | None = None
     """Images that can be read singly, for streamed bags."""
-    decoding: dict[str, Any] | None = None
-    """decode_px, resize and channels, for streamed bags."""
 
 
 def run_pretrain(
@@ -107,7 +107,7 @@ def run_pretrain(
         uri = initial_weights.uri if initial_weights else None
         seen = asdict(watched) if watched else None
         job = Job(
-            store.uri, spec.name, plan.canonical(), rows, resident, compute.canonical(), uri, seen, dataset.uri, decoding=decoding
+            store.uri, spec.name, plan.canonical(), rows, resident, dataset.uri, decoding, compute.canonical(), uri, seen
         )
         datasets = {}
         if resident is None and plan.pairs == "bag":
@@ -246,15 +246,15 @@ def _open_feed(job: Job, plan: PretrainPlan, process: Process) -> Feed:
     from medssl.training.feed import ResidentFeed
 
     if plan.pairs == "bag":
-        assert job.dataset_uri is not None
         bags = Bags.of_index(open_dataset(job.dataset_uri).index(), job.rows)
         if job.resident is not None:
             return ResidentBagFeed(open_resident(**job.resident), bags, plan.batch_size, plan.seed, process)
-        assert job.packed_uri is not None and job.decoding is not None
+        assert job.packed_uri is not None
         return StreamBagFeed(job.packed_uri, bags, plan.batch_size, plan.seed, process, Decoding(**job.decoding))
     if job.resident is not None:
         return ResidentFeed(open_resident(**job.resident), job.rows, plan.batch_size, plan.seed, process)
-    return StreamFeed(train.get_dataset_shard("train"), len(job.rows), plan.batch_size, plan.seed, process)
+    shard, decoding = train.get_dataset_shard("train"), Decoding(**job.decoding)
+    return StreamFeed(shard, len(job.rows), plan.batch_size, plan.seed, process, decoding)
 
 
 def _read_weights(uri: str | None) -> bytes | None:

@@ -193,9 +193,12 @@ class Stepper:
         """A range test from the weights as they are, which it leaves as they were; the next phase begins with its choice."""
         before = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
         self.enter_phase(done)
+        peaks = [group["peak"] / self.peak_rate for group in self.optimiser.param_groups]
 
         def step(rate: float) -> float:
-            return float(self._step(next(batches), done, Rate(rate / self.peak_rate, None)).scalars["loss"])
+            for group, share in zip(self.optimiser.param_groups, peaks, strict=True):
+                group["peak"] = rate * share  # of every group: also of those that no schedule moves
+            return float(self._step(next(batches), done, Rate(1.0, None)).scalars["loss"])
 
         test = range_test(step)
         self.module.load_state_dict(before)

@@ -61,21 +61,7 @@ _SIMCLR: dict[str, Any] = _NOTHING | {
 # solarisation with kornia's defaults, whose threshold 0.1 and addition 0.1 are ranges about 0.5 and 0. (The text has the
 # addition after the inversion; kornia, which it names, adds before.) The authors' code differs from the text: one crop box
 # per batch with crop_scale 0.7 to 1, rotation of 45 degrees at 0.5, jitter 0.24, 0.24, 0.12, 0.06, one blur sigma per batch.
-_PAPER000: dict[str, Any] = _NOTHING | {
-    "crop_scale": (0.08, 1.0),
-    "horizontal_flip": 0.5,
-    "jitter": 0.8,
-    "brightness": 0.4,
-    "contrast": 0.4,
-    "saturation": 0.2,
-    "hue": 0.1,
-    "grey": 0.2,
-    "blur": (1.0, 0.1),
-    "blur_sigma": (0.1, 2.0),
-    "solarise": (0.0, 0.2),
-    "solarise_threshold": (0.4, 0.6),
-    "solarise_addition": (-0.1, 0.1),
-}
+_PAPER000: dict[str, Any] = _BARLOW_TWINS | {"solarise_threshold": (0.4, 0.6), "solarise_addition": (-0.1, 0.1)}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # This project's own: the defaults of ViewParams.
@@ -83,7 +69,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "barlow_twins": _BARLOW_TWINS,
     # BYOL, table 6 (appendix B).
     "byol": _BARLOW_TWINS,
-    # VICReg, the authors''' augmentations.py: the same two sets as Barlow Twins'''.
+    # VICReg, the authors' augmentations.py: the same two sets as Barlow Twins'.
     "vicreg": _BARLOW_TWINS,
     "simclr": _SIMCLR,
     # SimSiam, section 3: MoCo v2's augmentations.
