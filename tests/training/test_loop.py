@@ -17,7 +17,7 @@ from ranks import exit_codes, run_on_ranks, start_ranks
 
 from medssl.checkpoint import CheckpointFolder
 from medssl.collectives import Process
-from medssl.networks import EncoderParams, build_encoder, load_weights
+from medssl.networks import EncoderParams, build_encoder, load_weights, save_weights
 from medssl.store import Store, open_store
 from medssl.training.feed import Batch, ResidentFeed, ResidentImages
 from medssl.training.loop import PretrainResult, Progress, pretrain
@@ -184,6 +184,31 @@ def test_what_a_finished_training_leaves(tmp_path: Path) -> None:
     before = output.read("encoder.safetensors")
     again = pretrain(plan(), feed, CPU, output, on_progress=lambda _: pytest.fail("trained again"))
     assert again.step == total and output.read("encoder.safetensors") == before
+
+
+def test_a_collapse_is_said_in_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An encoder whose last batch norms have weight 0 and bias 1 gives every image the same features."""
+    encoder = build_encoder(EncoderParams(name="test_resnet", image_px=32), seed=0)
+    for name, value in encoder.state_dict().items():
+        if value.ndim == 1 and name.endswith("weight"):
+            value.zero_()
+        elif value.ndim == 1 and name.endswith("bias"):
+            value.fill_(1)
+    feed = ResidentFeed(resident(tmp_path), range(36), BATCH, 3, CPU)
+
+    def run(name: str, **options: Any) -> list[Progress]:
+        seen: list[Progress] = []
+        output = open_store(str(tmp_path / name), create=True)
+        pretrain(plan(epochs=1), feed, CPU, output, log_every_steps=1, on_progress=seen.append, **options)
+        return seen
+
+    collapsed = run("collapsed", initial_encoder=save_weights(encoder))
+    assert len(collapsed) == STEPS_PER_EPOCH and all(now.collapsing for now in collapsed)
+    assert all("the representation is collapsing" in now.note for now in collapsed)
+    [warning] = [record.getMessage() for record in caplog.records if "collapsing" in record.getMessage()]
+    assert "at step 1" in warning and "lower the learning rate" in warning
+    healthy = run("healthy")
+    assert len(healthy) == STEPS_PER_EPOCH and not any("collapsing" in now.note for now in healthy)
 
 
 def test_tensorboard_events_hold_the_history(tmp_path: Path) -> None:

@@ -64,11 +64,14 @@ class Progress:
     data_wait_share: float
     measures: dict[str, float | None]
     """The latest row of the history."""
+    collapsing: bool = False
+    """Whether the features have been about one point or one direction."""
 
     @property
     def note(self) -> str:
         """Epoch and loss in a few words."""
-        return f"epoch {min(self.epoch + 1, self.total_epochs)}/{self.total_epochs}, loss {self.loss:.4g}"
+        warning = ", WARNING: the representation is collapsing" if self.collapsing else ""
+        return f"epoch {min(self.epoch + 1, self.total_epochs)}/{self.total_epochs}, loss {self.loss:.4g}{warning}"
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,7 @@ def _progress(run: _Run, row: dict[str, Any]) -> Progress:
         images_per_second=row["images_per_second"],
         data_wait_share=row["data_wait_share"],
         measures=row,
+        collapsing=run.warned,
     )
 
 
