@@ -16,13 +16,13 @@ LEVELS = {
     0: "errors events params retry store s3 s3_client s3_errors filesystem leases artifacts images metadata views"
     " collectives optim metrics statistics telemetry networks probes datasets",
     1: "objectives checkpoint training",
-    2: "recipe recipe_file rows bag_rows",
+    2: "recipe recipe_file mixes streams rows bag_rows",
     3: "stages",
     4: "results runner study quickstart starter submit",
     5: "console cli __main__",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
-RAY_HOMES = {"rows", "bag_rows", "stages", "study", "runner", "submit"}
+RAY_HOMES = {"streams", "rows", "bag_rows", "stages", "study", "runner", "submit"}
 DISTRIBUTED_HOMES = {"collectives", "training.step"}
 
 

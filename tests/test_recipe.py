@@ -112,6 +112,10 @@ def pretrained(**arm: Any) -> dict[str, Any]:
         ({"surgery": {}}, ["surgery is for weights that are given"]),
         ({"encoder_parts": 3}, ["encoder_parts 3 does not divide a worker's 4 images"]),
         ({"views": {"preset": "simclrr"}}, ["simclrr", "simclr"]),
+        ({"mix": [{"times": 0}]}, ["mix.0.times", "equal to 1", "not 0"]),
+        ({"mix": [{"splits": ["train"]}, {"splits": ["val", "train"]}]}, ["split 'train' of the study's dataset twice", "times"]),
+        ({"mix": [{"dataset": "datasets/b", "times": 3}], "pairs": "bag"}, ["each bag once an epoch", "times 3 must be 1"]),
+        ({"mix": [{}], "objective": None, "epochs": None}, ["the arm has no objective"]),
     ],
 )  # fmt: skip
 def test_which_pretrainings_are_refused(arm: dict[str, Any], words: list[str]) -> None:
@@ -126,6 +130,11 @@ def test_which_pretrainings_are_refused(arm: dict[str, Any], words: list[str]) -
 def test_the_finder_is_refused_with_streaming() -> None:
     with pytest.raises(RecipeError, match=r"finder needs images\.feeding resident"):
         load(pretrained(learning_rate_finder=True) | {"images": {"feeding": "streaming"}})
+
+
+def test_streamed_bags_of_a_mix_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"pairs of a bag from a mix need images\.feeding resident"):
+        load(pretrained(pairs="bag", mix=[{}, {"dataset": "datasets/b"}]) | {"images": {"feeding": "streaming"}})
 
 
 def test_overrides_are_typed_validated_and_in_order() -> None:

@@ -18,8 +18,9 @@ from medssl.datasets.read import Decoding
 from medssl.datasets.synthetic import write_synthetic
 from medssl.errors import DataError, RecipeError
 from medssl.images import decode
-from medssl.rows import StreamFeed, ensure_resident_on_nodes, open_resident, resident_images, stream_images
+from medssl.rows import ensure_resident_on_nodes, open_resident, resident_images
 from medssl.stages.ingest import IngestOptions, ingest
+from medssl.streams import StreamFeed, shuffled, stream_images
 
 pytestmark = pytest.mark.ray
 IMAGES, PX = 70, 24
@@ -36,6 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(ray_session: Any, folder: Path) -> Dataset:
     ingest(folder / "table.csv", str(folder / "dataset"), IngestOptions(shard_rows=16))
     return open_dataset(str(folder / "dataset"))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def expected(dataset: Dataset, folder: Path, px: int = PX, channels: int = 3) -> np.ndarray:
@@ -116,9 +121,8 @@ rows.open_resident(dataset_uri=sys.argv[1], digest=digest, decode_px=px, resize=
 
 def test_kill_9_in_mid_build_does_not_block_the_next(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
     flag, cache = tmp_path / "flag", tmp_path / "cache"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     child = subprocess.Popen(
-        [sys.executable, "-c", _BUILDER, dataset.uri, str(cache), str(PX), str(flag)], env=environment
+        [sys.executable, "-c", _BUILDER, dataset.uri, str(cache), str(PX), str(flag)], env=environment()
     )
     deadline = time.monotonic() + 120
     while not flag.exists():
@@ -180,6 +184,62 @@ def test_stream_feed_gives_every_rank_as_much_in_another_order_each_epoch(
         assert all(data == truth[row].tobytes() for row, data in pairs)
         orders.append([row for row, _ in ranks[0][epoch]])
     assert orders[0] != orders[1]
+
+
+def test_the_shuffle_buffer_loses_and_repeats_nothing() -> None:
+    numbers = np.arange(103)
+    images = np.broadcast_to(numbers[:, None, None, None], (103, 2, 2, 3)).astype(np.uint8)
+    for buffer_images, pieces in ((8, [103]), (20, [1, 50, 52]), (103, [40, 63]), (500, [103])):
+        ends = np.cumsum(pieces)
+
+        def batches(seed: int, buffer_images: int = buffer_images, ends: Any = ends, pieces: Any = pieces) -> list[list[int]]:
+            arrays = [(images[end - n : end], numbers[end - n : end]) for n, end in zip(pieces, ends, strict=True)]
+            found = list(shuffled(iter(arrays), buffer_images, 8, np.random.default_rng(seed)))
+            assert all((pixels == rows[:, None, None, None]).all() and pixels.shape == (8, 2, 2, 3) for pixels, rows in found)
+            return [rows.tolist() for _, rows in found]
+
+        one = batches(0)
+        seen = [row for rows in one for row in rows]
+        assert len(one) == 103 // 8 and len(set(seen)) == len(seen) == 96 and set(seen) <= set(range(103))
+        assert one == batches(0) != batches(1)
+        # An image leaves the buffer no earlier than it comes in, and a large buffer mixes far.
+        assert all(max(rows) < buffer_images + 8 * step for step, rows in enumerate(one))
+        if buffer_images > 100:
+            assert max(one[0]) > 50
+
+
+@pytest.mark.parametrize("world", [2])
+def test_a_shuffle_buffer_larger_than_the_object_store(folder: Path, dataset: Dataset, tmp_path: Path, world: int) -> None:
+    """Two ranks' buffers hold 180 MB, the store has 80: nothing may wait for what the buffers keep."""
+    script = tmp_path / "stream.py"
+    script.write_text(f"""
+import sys
+import ray
+import torch
+ray.init(num_cpus=2, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
+from medssl.collectives import Process
+from medssl.datasets.read import Decoding
+from medssl.datasets.dataset import open_dataset
+from medssl.mixes import Source
+from medssl.streams import StreamFeed, stream_sources
+
+images, px, world = {IMAGES} * 10, 288, {world}
+decoding = Decoding(px, "squash")
+shards = tuple(open_dataset({dataset.uri!r}).shards)
+stream = stream_sources([Source({dataset.uri!r}, {IMAGES}, [], None, times=10, shards=shards)], decoding, 0)
+shards = stream.streaming_split(world, equal=True)
+
+@ray.remote(num_cpus=0)
+def consume(shard, rank):
+    feed = StreamFeed(shard, images, 20, 0, Process(rank=rank, world=world, device=torch.device("cpu")), decoding)
+    return [sum(len(batch.rows_B) for batch in feed.batches(epoch)) for epoch in range(2)]
+
+print(ray.get([consume.remote(shard, rank) for rank, shard in enumerate(shards)]))
+""")
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "[[350, 350], [350, 350]]" in done.stdout
 
 
 def test_stream_feed_refuses_what_it_cannot_do(dataset: Dataset) -> None:

@@ -23,8 +23,9 @@ from medssl.datasets.dataset import Dataset, Shard
 from medssl.datasets.packed import Packed, open_packed, pack_shard, packed_name, read_packed, write_places
 from medssl.datasets.read import Decoding, decode_row
 from medssl.errors import DataError
-from medssl.rows import OnProgress, pausing, quiet_ray_data, user_error
+from medssl.rows import OnProgress
 from medssl.store import Store, open_for_writing, open_store
+from medssl.streams import pausing, quiet_ray_data, user_error
 
 if TYPE_CHECKING:
     from medssl.collectives import Process

@@ -42,6 +42,17 @@ class ImageParams(Params):
     """resident: decoded once into a memory-mapped file on each node. streaming: decoded anew by Ray Data each epoch."""
 
 
+class MixPart(Params):
+    """Images of one dataset in a mix."""
+
+    dataset: str | None = None
+    """Dataset made by `medssl ingest`, named as the study's is; null is the study's own."""
+    splits: tuple[str, ...] = Field(("train",), min_length=1)
+    """Splits whose images (never labels) are shown."""
+    times: int = Field(1, ge=1)
+    """How often an epoch shows each of these images: over-sampling of a small part beside a large one."""
+
+
 class Arm(Params):
     """One way to features: initial weights, and the pretraining that follows (none without an objective)."""
 
@@ -55,6 +66,8 @@ class Arm(Params):
     """`random`, `timm` (the encoder's pretrained weights), `timm:NAME`, or a file (stages/initial.py says where it is sought)."""
     objective: ObjectiveParams | None = None
     """Pretraining objective; null pretrains nothing."""
+    pretraining_seeds: int | None = Field(None, ge=1)
+    """Pretraining seeds (or random initialisations) of this arm; null takes `repeats.pretraining_seeds`."""
     epochs: int | None = Field(None, ge=1)
     """Passes over the pretraining images."""
     batch_size: int = Field(128, ge=2)
@@ -65,6 +78,8 @@ class Arm(Params):
     """Learning rate over the pretraining."""
     views: ViewParams = ViewParams()
     """Augmentation of the pretraining."""
+    mix: tuple[MixPart, ...] = ()
+    """What the pretraining is shown, where that is not the study's `pretraining_splits`: parts of one or more datasets."""
     pairs: Literal["image", "bag"] = "image"
     """image: two views of one image. bag: of two images of one bag where it has two, one bag of a patient in a batch (MICLe)."""
     further: FurtherParams = FurtherParams()
@@ -87,6 +102,7 @@ class Arm(Params):
             raise ValueError(f"arm '{self.name}': objective and epochs go together, {missing} is missing")
         if self.features == "colour" and (self.objective is not None or self.initial_weights != "random"):
             raise ValueError(f"arm '{self.name}': colour features take no objective, epochs or initial weights")
+        self._check_mix()
         if self.initial_weights == "random" and (self.surgery is not None or self.further != FurtherParams()):
             field = "surgery" if self.surgery is not None else "further"
             raise ValueError(f"arm '{self.name}': {field} is for weights that are given, but initial_weights is random")
@@ -96,6 +112,18 @@ class Arm(Params):
             except ValueError as error:
                 raise ValueError(f"arm '{self.name}': {error}") from None
         return self
+
+    def _check_mix(self) -> None:
+        if self.mix and self.objective is None:
+            raise ValueError(f"arm '{self.name}': mix says what a pretraining is shown, and the arm has no objective")
+        parts = [(part.dataset, split) for part in self.mix for split in part.splits]
+        twice = next((part for part in parts if parts.count(part) > 1), None)
+        if twice is not None:
+            whose = f"of {twice[0]}" if twice[0] else "of the study's dataset"
+            raise ValueError(f"arm '{self.name}': mix names split '{twice[1]}' {whose} twice: use times")
+        often = max((part.times for part in self.mix), default=1)
+        if self.pairs == "bag" and often > 1:
+            raise ValueError(f"arm '{self.name}': pairs of a bag show each bag once an epoch, so mix.times {often} must be 1")
 
     @property
     def is_random(self) -> bool:
@@ -107,7 +135,7 @@ class Repeats(Params):
     """How often each kind of chance is drawn. A claim about a pretraining needs several of each."""
 
     pretraining_seeds: int = Field(3, ge=1)
-    """Independent pretrainings (or random initialisations) of every encoder arm."""
+    """Independent pretrainings (or random initialisations) of every encoder arm that does not say otherwise."""
     label_draws: int = Field(3, ge=1)
     """Draws of the labelled subset, the same for every arm."""
     labels: int | None = Field(1000, ge=2)
@@ -236,8 +264,7 @@ class Compute(Params):
     keep_checkpoints: int = Field(2, ge=1)
     """Checkpoints kept in the store while training."""
     monitor_every_epochs: int | None = Field(None, ge=1)
-    """kNN accuracy on the validation split after every so many epochs of a pretraining, as a curve in the report (resident
-    feeding); null none."""
+    """kNN accuracy on the validation split after every so many epochs of a pretraining, as a curve in the report; null none."""
     max_failures: int = Field(8, ge=0)
     """Lost workers or nodes that a pretraining survives."""
 
@@ -263,8 +290,11 @@ class Recipe(Params):
     """Repeats of each kind of chance."""
     protocols: tuple[Protocol, ...] = Field(min_length=1)
     """How features are judged."""
+    evaluation_split: Literal["test", "val"] = "test"
+    """Split that the scores are measured on. val: for studies that choose between methods, which must not open the test split;
+    learning rates are chosen on the same images then."""
     metrics: tuple[str, ...] = ("balanced_accuracy", "accuracy", "f1_weighted", "f1_macro", "auc")
-    """Metrics on the test split, in the order of the tables."""
+    """Metrics on the evaluation split, in the order of the tables."""
     comparisons: tuple[Comparison, ...] = ()
     """Claims to test."""
     bootstrap: Bootstrap = Bootstrap()
@@ -315,6 +345,8 @@ class Recipe(Params):
                 f"arm '{arm.name}': views.small_px {views.small_px} is larger than encoder.image_px {encoder.image_px}: lower it "
                 "(SwAV: 96 of 224), or set views.small_crops to 0"
             )
+        if arm.pairs == "bag" and arm.mix and self.images.feeding == "streaming":
+            raise ValueError(f"arm '{arm.name}': pairs of a bag from a mix need images.feeding resident")
         if arm.learning_rate_finder and self.images.feeding == "streaming":
             raise ValueError(f"arm '{arm.name}': the learning-rate finder needs images.feeding resident")
 
@@ -334,6 +366,10 @@ class Recipe(Params):
     def encoder_of(self, arm: Arm) -> EncoderParams:
         """The encoder that an arm uses."""
         return arm.encoder or self.encoder
+
+    def mix(self, arm: Arm) -> tuple[MixPart, ...]:
+        """What the arm's pretraining is shown."""
+        return arm.mix or (MixPart(splits=self.pretraining_splits),)
 
     def plan(self, arm: Arm, seed: int) -> PretrainPlan:
         """The pretraining of one seed of an arm that has an objective."""

@@ -25,7 +25,7 @@ from medssl.recipe import Arm, Comparison, Recipe
 from medssl.recipe_file import dump
 from medssl.stages.report import format_result_table, render, result_json
 from medssl.stages.report_data import BOOTSTRAP, COLUMNS, SAME_AGAINST_SAME, WELCH, Confusion, ReportData, SameAgainstSame
-from medssl.stages.specs import TEST, VERSIONS, Cell
+from medssl.stages.specs import VERSIONS, Cell
 from medssl.statistics import aa_summary, nested_bootstrap, summarise, welch
 from medssl.store import Store
 
@@ -140,7 +140,7 @@ def _collect(study: Study) -> dict[tuple[str, str], Runs]:
     cells: dict[tuple[str, str], list[Cell]] = {}
     for cell in study.specs.cells():
         cells.setdefault((cell.arm.name, cell.protocol.name), []).append(cell)
-    rows = study.specs.rows(TEST)
+    rows = study.specs.rows(study.recipe.evaluation_split)
     labels = study.specs.labels(rows)
     known = study.specs.index["patient_id"]
     patients = known.astype(object).where(known.notna(), None)
@@ -294,6 +294,7 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
     return ReportData(
         study=recipe.study,
         description=recipe.description,
+        split=recipe.evaluation_split,
         main_metric=recipe.comparisons[0].metric if recipe.comparisons else recipe.metrics[0],
         main_protocol=recipe.comparisons[0].protocol if recipe.comparisons else recipe.protocols[0].name,
         interval_level=recipe.bootstrap.level,

@@ -1,10 +1,8 @@
-"""A dataset in the store -> decoded images for training: the resident file, and streaming through Ray Data.
+"""A dataset in the store -> decoded images for training: the resident file.
 
-*Resident*: all images decoded once into a memory-mapped uint8 file in the node's cache folder, named by a digest of
-images and decoding. It is built under a file lock and renamed into place when whole, so a folder of that name is
+All images are decoded once into a memory-mapped uint8 file in the node's cache folder, named by a digest of images and
+decoding. It is built under a file lock and renamed into place when whole, so a folder of that name is
 complete, and a build that was killed leaves nothing but a folder the next build clears away.
-
-*Streaming*: Ray Data reads and decodes the shards anew in each epoch, in blocks small enough for a small object store.
 
 Shapes: N images, B images of one rank in a step, H = W = decode_px, C channels.
 """
@@ -13,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,24 +20,17 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.datasets.dataset import Dataset, Shard, open_dataset
+from medssl.datasets.dataset import Dataset, open_dataset
 from medssl.datasets.read import Decoding, decoded_batches
-from medssl.errors import DataError, MedsslError, RecipeError
+from medssl.errors import DataError
 from medssl.images import Resize
+from medssl.streams import stream_images, user_error
 
 if TYPE_CHECKING:
-    import ray.data
 
-    from medssl.collectives import Process
-    from medssl.training.feed import Batch, ResidentImages  # torch stays out of a driver that only ingests
+    from medssl.training.feed import ResidentImages  # torch stays out of a driver that only ingests
 
 CACHE_VARIABLE = "MEDSSL_CACHE"
-_BLOCK_BYTES = 16 << 20
-"""Largest block of decoded images that Ray Data hands on: many fit into an object store of 300 MB."""
-_SHUFFLE_BYTES = 256 << 20
-"""Largest shuffle buffer of one rank."""
-_SHUFFLE_IMAGES = 4096
-_PAUSE_SECONDS = 0.02
 _BUILDING = ".building-"
 
 OnProgress = Callable[[int, int], None]
@@ -49,167 +40,6 @@ Batches = Iterator[dict[str, NDArray[Any]]]
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Where resident files are on this node: `cache_dir`, else $MEDSSL_CACHE, else ~/.cache/medssl."""
     return Path(cache_dir or os.environ.get(CACHE_VARIABLE) or "~/.cache/medssl").expanduser().absolute()
-
-
-# ------------------------------------------------------------------------------------------------------------ streaming
-
-
-def stream_images(
-    dataset: Dataset,
-    *,
-    decode_px: int,
-    resize: Resize,
-    splits: Sequence[str] | None = None,
-    channels: int = 3,
-    seed: int | None = None,
-) -> ray.data.Dataset:
-    """The images as a Ray Dataset with columns `row` (int64 row number) and `image` (uint8 (H, W, C)).
-
-    One task per shard reads and decodes; nothing is kept between epochs. With `seed` the shards come in another order
-    in each epoch; a shuffle buffer where they are consumed does the rest.
-    """
-    import ray.data
-
-    quiet_ray_data()
-    shards = [{"path": s.path, "rows": s.rows, "first_row": s.first_row} for s in dataset.shards]
-    stream: ray.data.Dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
-    stream.context.target_max_block_size = _BLOCK_BYTES
-    stream.context.custom_execution_callback_classes = [pausing()]
-    if seed is not None:
-        stream = stream.randomize_block_order(seed=ray.data.RandomSeedConfig(seed, reseed_after_execution=True))
-    return stream.map_batches(
-        _decode_shards,
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=1,
-        fn_kwargs={
-            "dataset_uri": dataset.uri,
-            "decoding": Decoding(decode_px, resize, channels),
-            "splits": None if splits is None else list(splits),
-        },
-    )
-
-
-def pausing() -> type:
-    """A callback of Ray Data's scheduling loop that rests between its rounds.
-
-    While a trainer is slower than the decoding, finished blocks wait for room, and the loop looks at them again and again
-    without a pause: three quarters of a core, taken from the trainer.
-    """
-    import time
-
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
-
-    class Pause(ExecutionCallback):  # type: ignore[misc]
-        def on_execution_step(self, executor: Any) -> None:
-            time.sleep(_PAUSE_SECONDS)
-
-    return Pause
-
-
-def _decode_shards(
-    batch: dict[str, NDArray[Any]], *, dataset_uri: str, decoding: Decoding, splits: list[str] | None
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """The Ray Data task: shards in, batches of decoded images out."""
-    import torch
-
-    torch.set_num_threads(1)  # a task has one CPU
-    for path, rows, first in zip(batch["path"], batch["rows"], batch["first_row"], strict=True):
-        yield from decoded_batches(dataset_uri, Shard(str(path), int(rows), int(first)), decoding, splits)
-
-
-def quiet_ray_data() -> None:
-    """Turns off Ray Data's own progress bars and log lines here: medssl shows progress itself, and errors come as
-    errors.
-    """
-    import logging
-
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-
-def user_error(error: BaseException) -> BaseException:
-    """The MedsslError at the bottom of what Ray has wrapped around it, else the error itself."""
-    seen: set[int] = set()
-    inner: BaseException | None = error
-    while inner is not None and id(inner) not in seen:
-        seen.add(id(inner))
-        if isinstance(inner, MedsslError) and not hasattr(inner, "as_instanceof_cause"):
-            lines = str(inner).splitlines()
-            # our messages are one line: what follows is Ray Data's advice on retries
-            return inner if len(lines) < 2 else type(inner)(lines[0])
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error
-
-
-class StreamFeed:
-    """Batches of one rank from its shard of a streamed dataset; the Feed of `medssl.training.feed` for streaming.
-
-    The order is random within a shuffle buffer and over shards. Which rank gets which image is Ray Data's choice, so
-    unlike the resident feed a run cannot be repeated batch for batch, and starts in the middle of no epoch.
-    """
-
-    def __init__(
-        self,
-        stream: ray.data.DataIterator,
-        images: int,
-        batch_size: int,
-        seed: int,
-        process: Process,
-        decoding: Decoding,
-    ) -> None:
-        """`stream` is `ray.train.get_dataset_shard(...)`, `images` counts the streamed images of all ranks."""
-        from medssl.training.feed import rank_slice
-
-        if images < batch_size:
-            raise RecipeError(f"batch_size {batch_size} is larger than the {images} images; use {images} or less")
-        share = rank_slice(batch_size, process)
-        self.batch_size = batch_size
-        self.steps_per_epoch = images // batch_size
-        self._stream = stream
-        fitting = _SHUFFLE_BYTES // (decoding.decode_px**2 * decoding.channels)
-        self._share = share.stop - share.start
-        # as large in every epoch, so that memory is flat
-        self._buffer_rows = max(self._share, min(_SHUFFLE_IMAGES, fitting, images // process.world))
-        self._seed = seed * process.world + process.rank
-        self._pin = process.device.type == "cuda"
-
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """See `medssl.training.feed.Feed`; as many on every rank.
-
-        Raises:
-            ValueError: `start_step` is not 0: a stream has no middle to start from.
-        """
-        import torch
-
-        from medssl.training.feed import Batch
-
-        if start_step:
-            raise ValueError("a streamed epoch cannot be taken up at a step: checkpoint at epoch ends only")
-        steps = 0
-        for batch in self._stream.iter_batches(
-            batch_size=self._share,
-            batch_format="numpy",
-            drop_last=True,
-            prefetch_batches=2,
-            local_shuffle_buffer_size=self._buffer_rows,
-            local_shuffle_seed=self._seed + 1_000_003 * epoch,
-        ):
-            images_BHWC = np.ascontiguousarray(batch["image"])
-            if steps < self.steps_per_epoch:  # what is left over is read, not used: the stream then ends on all ranks
-                steps += 1
-                images = torch.from_numpy(images_BHWC if images_BHWC.flags.writeable else images_BHWC.copy())
-                rows = torch.from_numpy(np.array(batch["row"], np.int64))
-                yield Batch(images.pin_memory() if self._pin else images, rows)
-        if steps < self.steps_per_epoch:
-            raise DataError(
-                f"the stream gave {steps} batches of {self._share}, {self.steps_per_epoch} were promised: run again"
-            )
-
-
-# ------------------------------------------------------------------------------------------------------------- resident
 
 
 def resident_images(

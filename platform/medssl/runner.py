@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
 from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
+from medssl.datasets.read import Decoding
 from medssl.errors import StoreError
 from medssl.events import Event
 from medssl.leases import Lease, Owner, lease
+from medssl.mixes import Source
 from medssl.recipe import Arm, Protocol
 from medssl.results import StudyResult, build_report, load_result, make_current
 from medssl.stages.cluster import connected, require_gpus
@@ -33,6 +37,7 @@ class Runner:
         self._stack = stack
         self._is_connected = False
         self._address = address
+        self._decoded: dict[str, dict[str, Any]] = {}
 
     def run(self, *, rebuild_report: bool = False) -> StudyResult:
         """All stages in order; returns the tables."""
@@ -86,30 +91,35 @@ class Runner:
     def _pretrain(self, arm: Arm, seed: int, spec: Spec, given: GivenWeights | None, on_progress: OnProgress) -> Marker:
         study, recipe = self.study, self.study.recipe
         self._connect()
-        streaming = recipe.images.feeding == "streaming"
-        index = study.specs.index
+        watched = self._watched(seed)
         return run_pretrain(
             study.store, spec, recipe.plan(arm, seed),
-            dataset=study.dataset,
-            rows=index.index[index["split"].isin(recipe.pretraining_splits)].tolist(),
-            resident=None if streaming else dict(self.context.resident),
-            decoding={
-                "decode_px": recipe.images.decode_px,
-                "resize": recipe.images.resize,
-                "channels": recipe.encoder.channels,
-            },
-            splits=list(recipe.pretraining_splits),
+            sources=self._sources(arm),
+            decoding=Decoding(recipe.images.decode_px, recipe.images.resize, recipe.encoder.channels),
             compute=recipe.compute,
             before_publish=self._check_leases,
             initial_weights=given,
             on_progress=on_progress,
-            watched=self._watched(seed),
+            watched=watched,
+            watched_images=self.context.resident if watched else None,
         )  # fmt: skip
+
+    def _sources(self, arm: Arm) -> list[Source]:
+        """What an arm's pretraining is shown: streamed, or from resident files that are on every node by now."""
+        sources = self.study.sources(arm)
+        for source in sources:
+            if source.left_out:
+                number, whose = len(source.left_out), source.dataset_uri
+                text = f"{arm.name}: {number:,} images of {whose} are validation or test images of the study and are left out"
+                self.study.emit(Event("message", text))
+        if self.study.recipe.images.feeding == "streaming":
+            return sources
+        return [replace(source, resident=self._resident(source.dataset_uri)) for source in sources]
 
     def _watched(self, seed: int) -> Watched | None:
         """The labelled images that show how a pretraining gets on; None where the recipe does not ask for it."""
         study = self.study
-        if study.recipe.compute.monitor_every_epochs is None or study.recipe.images.feeding == "streaming":
+        if study.recipe.compute.monitor_every_epochs is None:
             return None
         return Watched.of_index(study.specs.index, study.specs.classes, seed=seed, bank_split=TRAIN, query_split=VALIDATION)
 
@@ -238,18 +248,8 @@ class Runner:
     @cached_property
     def context(self) -> Context:
         """What tasks need; brings the decoded images onto every node."""
-        from medssl.rows import ensure_resident_on_nodes
-
         study = self.study
-        self._connect()
-        images = study.recipe.images
-        label = f"decode {len(study.specs.index):,} images at {images.decode_px} px"
-        study.emit(Event("begin", label))
-        resident = ensure_resident_on_nodes(
-            study.dataset, decode_px=images.decode_px, resize=images.resize, channels=study.recipe.encoder.channels,
-            progress=lambda done, total: study.emit(Event("progress", label, done, total)),
-        )  # fmt: skip
-        study.emit(Event("end", label))
+        resident = self._resident(study.dataset.uri)
         return Context(
             study.store.uri,
             study.dataset.uri,
@@ -257,3 +257,20 @@ class Runner:
             study.recipe.canonical(),
             resident,
         )
+
+    def _resident(self, uri: str) -> dict[str, Any]:
+        """Brings a dataset's decoded images onto every node, once; returns the arguments of `rows.open_resident`."""
+        from medssl.rows import ensure_resident_on_nodes
+
+        if uri not in self._decoded:
+            self._connect()
+            study, recipe = self.study, self.study.recipe
+            dataset = next(d for d in (study.dataset, *study.others.values()) if d.uri == uri)
+            label = f"decode {len(dataset):,} images of {dataset.name} at {recipe.images.decode_px} px"
+            self.study.emit(Event("begin", label))
+            self._decoded[uri] = ensure_resident_on_nodes(
+                dataset, decode_px=recipe.images.decode_px, resize=recipe.images.resize, channels=recipe.encoder.channels,
+                progress=lambda done, total: self.study.emit(Event("progress", label, done, total)),
+            )  # fmt: skip
+            self.study.emit(Event("end", label))
+        return self._decoded[uri]

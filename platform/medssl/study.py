@@ -14,16 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from medssl.artifacts import Marker, finished, read_marker, read_markers
-from medssl.datasets.dataset import Dataset, open_dataset
+from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.errors import DataError, MedsslError, RecipeError, StoreError
 from medssl.events import Event, OnEvent
 from medssl.leases import Lease, lease
+from medssl.mixes import Source, check_splits, joined_index
+from medssl.mixes import shown as all_shown
 from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
 from medssl.recipe_file import load
 from medssl.results import StudyResult, report_name
 from medssl.stages.initial import weights_digests
-from medssl.stages.specs import TEST, TRAIN, VALIDATION, Cell, Spec, Specs
+from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec, Specs
 from medssl.store import Store, open_for_writing
 
 
@@ -51,10 +55,12 @@ class Pending:
     point: dict[str, float]
 
 
-def dataset_uri(recipe: Recipe, store: Store) -> str:
-    """The dataset's URI: as the recipe gives it, or below the study's store."""
-    name = recipe.dataset
-    return name if "://" in name or Path(name).is_absolute() else store.uri_of(name)
+def _open(name: str, store: Store) -> Dataset:
+    uri = dataset_uri(name, store)
+    try:
+        return open_dataset(uri)
+    except DataError as error:
+        raise DataError(f"{error}; make it with `medssl ingest ... --to {uri}` (the recipe names dataset: {name})") from None
 
 
 class Study:
@@ -65,15 +71,12 @@ class Study:
         self.store = store
         self.overrides = tuple(overrides)
         self.emit: OnEvent = on_event or (lambda event: None)
-        uri = dataset_uri(recipe, store)
-        try:
-            self.dataset: Dataset = open_dataset(uri)
-        except DataError as error:
-            raise DataError(
-                f"{error}; make it with `medssl ingest ... --to {uri}` (the recipe names dataset: {recipe.dataset})"
-            ) from None
-        index = self.dataset.index()
-        self.specs = Specs(recipe, index, self.dataset.classes, weights_digests(recipe, store))
+        self.dataset = _open(recipe.dataset, store)
+        named = {part.dataset for arm in recipe.arms for part in arm.mix if part.dataset is not None}
+        self.others = {name: _open(name, store) for name in sorted(named)}
+        """Further datasets of mixes, by their names in the recipe."""
+        others = {name: dataset.index() for name, dataset in self.others.items()}
+        self.specs = Specs(recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others)
         self._check_splits()
         self._check_pretrainings()
         self._finished = finished(store)
@@ -111,6 +114,19 @@ class Study:
     def refresh(self) -> None:
         """Looks at the store again."""
         self._finished = finished(self.store)
+
+    def sources(self, arm: Arm) -> list[Source]:
+        """What the arm's pretraining is shown, by value; streamed."""
+        found = []
+        for part in self.specs.mix(arm):
+            dataset = self.dataset if part.dataset is None else self.others[part.dataset]
+            found.append(
+                Source(
+                    dataset.uri, len(dataset), part.rows.tolist(), list(part.splits), part.times,
+                    tuple(part.left_out.tolist()), tuple(dataset.shards),
+                )
+            )  # fmt: skip
+        return found
 
     # -- what there is to do -----------------------------------------------------------------------------------
 
@@ -231,13 +247,14 @@ class Study:
 
     def _check_splits(self) -> None:
         index, classes = self.specs.index, self.dataset.classes
-        there = sorted(index["split"].unique())
-        for split in dict.fromkeys((*self.recipe.pretraining_splits, TRAIN, VALIDATION, TEST)):
-            if split not in there:
-                raise DataError(f"dataset {self.dataset.uri} has no images in split '{split}'; its splits: {', '.join(there)}")
+        used = (TRAIN, VALIDATION, self.recipe.evaluation_split)
+        check_splits(self.dataset.uri, index, (*self.recipe.pretraining_splits, *used))
+        for part in (part for arm in self.recipe.arms for part in arm.mix):
+            dataset = self.dataset if part.dataset is None else self.others[part.dataset]
+            check_splits(dataset.uri, dataset.index(), part.splits)
         if len(classes) < 2:
             raise DataError(f"dataset {self.dataset.uri} has {len(classes)} classes; an evaluation needs two or more")
-        for split in (TRAIN, VALIDATION, TEST):
+        for split in dict.fromkeys(used):
             labels = set(index.loc[self.specs.rows(split), "label"])
             absent = sorted(set(classes) - labels)
             if absent:
@@ -264,16 +281,18 @@ class Study:
     def _check_bags(self, arm: Arm) -> None:
         from medssl.training.bags import Bags  # with torch, which a study without bags can do without here
 
-        index = self.specs.index
-        rows = index[index["split"].isin(self.recipe.pretraining_splits)]
+        parts = self.specs.mix(arm)
+        rows = pd.concat([part.index.loc[part.rows] for part in parts])
+        shown = " and ".join(part.dataset or self.dataset.uri for part in parts)
         for column, what in (("bag_id", "bag (lesion or case)"), ("patient_id", "patient")):
             if rows[column].isna().all():
                 raise RecipeError(
-                    f"arm '{arm.name}': pairs is bag, but no image of {self.dataset.uri} has a {what} id: ingest with "
+                    f"arm '{arm.name}': pairs is bag, but no image of {shown} has a {what} id: ingest with "
                     f"--{column.removesuffix('_id')}-column, or use pairs: image"
                 )
         try:
-            Bags.of_index(index, rows.index.to_numpy()).steps_per_epoch(arm.batch_size)
+            sources = self.sources(arm)
+            Bags.of_index(joined_index([part.index for part in parts]), all_shown(sources)).steps_per_epoch(arm.batch_size)
         except MedsslError as error:
             raise RecipeError(f"arm '{arm.name}': {error}") from None
 

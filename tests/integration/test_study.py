@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 import tiny
 
 from medssl.artifacts import finished
+from medssl.datasets.dataset import open_dataset
 from medssl.store import Store, open_store
 
 pytestmark = pytest.mark.ray
@@ -176,6 +178,25 @@ def test_a_mended_label_recomputes_what_depends_on_it(place: Path, study: Path, 
     assert states["evaluate", "finished"] == 0
     tiny.medssl("run", str(study), "--store", str(place / "store"))
     assert stages(finished(store) - before) == {"evaluate": 34, "report": 1}
+
+
+def test_a_study_may_leave_the_test_split_closed(place: Path, study: Path, store: Store) -> None:
+    before = finished(store)
+    closed = ["--set", "study=closed", "--set", "evaluation_split=val"]
+    tiny.medssl("run", str(study), "--store", str(place / "store"), *closed)
+    made = finished(store) - before
+    assert stages(made) == {"evaluate": 34, "report": 1}
+    more = ["--set", "arms.random.pretraining_seeds=3", "--set", "protocols.fine_tune.label_draws=2"]
+    tiny.medssl("run", str(study), "--store", str(place / "store"), *closed, *more)
+    # one more random encoder: 2 draws x 3 probes of it; fine-tuning keeps to the first seed, and has a second draw
+    assert stages(finished(store) - before - made) == {"initialise": 1, "embed": 1, "evaluate": 6 + 4, "report": 1}
+    index = open_dataset(str(place / "store" / "datasets" / "lesions")).index()
+    judged = set(index[(index["split"] == "val") & index["label"].notna()]["image_id"])
+    name = next(name for name in made if name.startswith("evaluate-"))
+    predictions = next(e.key for e in store.list(f"artifacts/{name}/") if e.key.endswith("predictions.parquet"))
+    assert set(pd.read_parquet(io.BytesIO(store.read(predictions)))["image_id"]) == judged
+    report = store.read("studies/closed/report.md").decode()
+    assert f"Measured on {len(judged)} validation images" in report and "test image" not in report and "test split" not in report
 
 
 def test_report_needs_a_finished_study(place: Path, study: Path) -> None:

@@ -90,6 +90,11 @@ class Dataset:
         return self._index
 
 
+def dataset_uri(name: str, store: Store) -> str:
+    """A dataset's URI: as a recipe gives it, or below the study's store."""
+    return name if "://" in name or Path(name).is_absolute() else store.uri_of(name)
+
+
 def open_dataset(uri: str) -> Dataset:
     """The dataset at `uri` (`s3://...`, `file://...` or a path); DataError when there is none."""
     scheme, place = split_uri(uri)

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from medssl.artifacts import folder, publish, read_marker
 from medssl.errors import MedsslError
 from medssl.recipe import Compute, LinearProbe
-from medssl.rows import user_error
 from medssl.stages.context import Context, Opened
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import TEST, TRAIN, VALIDATION, Spec
 from medssl.stages.trials import concurrent_trials
+from medssl.streams import user_error
 
 _BATCH = 256
 

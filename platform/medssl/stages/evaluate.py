@@ -28,7 +28,7 @@ from medssl.recipe import Arm, Compute, FineTune, LinearProbe, Protocol, Recipe
 from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress
 from medssl.stages.search import fan_out, search
-from medssl.stages.specs import TEST, VALIDATION, Spec
+from medssl.stages.specs import VALIDATION, Spec
 from medssl.store import open_store
 
 _WRITERS = 8
@@ -152,8 +152,8 @@ def evaluate(task: EvaluateTask) -> None:
 
 
 def _judged_rows(opened: Opened, purpose: Literal["search", "evaluate"]) -> NDArray[np.int64]:
-    """Rows that predictions are made for. The test split is opened by evaluate alone."""
-    return opened.specs.rows(VALIDATION if purpose == "search" else TEST)
+    """Rows that predictions are made for. The test split is opened by evaluate alone, if by any."""
+    return opened.specs.rows(VALIDATION if purpose == "search" else opened.recipe.evaluation_split)
 
 
 def _fit(

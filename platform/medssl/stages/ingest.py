@@ -35,9 +35,9 @@ from medssl.datasets.splits import DEFAULT_SHARES, check_shares, group_numbers, 
 from medssl.datasets.table import TableColumns, read_table
 from medssl.errors import DataError
 from medssl.leases import Lease, Owner, lease
-from medssl.rows import quiet_ray_data, user_error
 from medssl.stages.cluster import connected
 from medssl.store import Store, open_for_writing, open_store
+from medssl.streams import quiet_ray_data, user_error
 
 SHARD_ROWS = 256
 OnProgress = Callable[[int, int], None]

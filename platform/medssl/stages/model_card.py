@@ -8,17 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from medssl import __version__
-from medssl.datasets.dataset import open_dataset
+from medssl.datasets.dataset import dataset_uri, open_dataset
 from medssl.errors import MedsslError
 from medssl.networks.encoder import EncoderParams
 from medssl.networks.weights import timm_arguments
-from medssl.recipe import Arm, Recipe
+from medssl.recipe import Arm, MixPart, Recipe
 from medssl.stages.report_data import BOOTSTRAP
 from medssl.store import Store
 
@@ -73,28 +72,38 @@ def is_non_commercial(licence: str) -> bool:
 
 
 def data_facts(store: Store, recipe: Recipe, arm: Arm, given: Mapping[str, Any] | None) -> list[DataFacts]:
-    """The study's data set, and the weights that the arm's encoder started from (`given`: the marker's facts of them).
+    """The data sets of the pretraining, the study's own where it was only judged on, and the weights that it started from.
 
-    Random weights without pretraining have their batch-norm statistics from the images, given ones have nothing from them.
+    Random weights without pretraining have their batch-norm statistics from the images, given ones (`given`: the marker's
+    facts of them) have nothing from them.
     """
-    name = recipe.dataset
-    uri = name if "://" in name or Path(name).is_absolute() else store.uri_of(name)
-    made_from = arm.objective is not None or given is None
-    splits = ", ".join(recipe.pretraining_splits)
-    role = f"images of split {splits}" if made_from else "the encoder was judged on it, not made from it"
-    try:
-        dataset = open_dataset(uri)
-    except MedsslError:
-        found = [DataFacts(name, role, "", "its card was not found when this card was written", made_from)]
+    if arm.objective is None and given is not None:
+        found = [_dataset_facts(store, recipe.dataset, None)]
     else:
-        card = dataset.card
-        used = sum(card["splits"].get(split, 0) for split in recipe.pretraining_splits)
-        role = f"{used:,} {role}, of {len(dataset):,} in all" if made_from else role
-        note = "drawn by a program" if card.get("synthetic") else f"images {dataset.images_digest[:16]}"
-        found = [DataFacts(dataset.name, role, card.get("licence") or "", note, made_from)]
+        found = [_dataset_facts(store, part.dataset or recipe.dataset, part) for part in recipe.mix(arm)]
+        if all(part.dataset is not None for part in recipe.mix(arm)):
+            found.append(_dataset_facts(store, recipe.dataset, None))
     if given is not None:
         found.append(DataFacts(str(given["source"]), "weights that the encoder started from", given["licence"], given["summary"]))
     return found
+
+
+def _dataset_facts(store: Store, name: str, part: MixPart | None) -> DataFacts:
+    """One data set; `part` is what of it the encoder was made from."""
+    role = "the encoder was judged on it, not made from it"
+    if part is not None:
+        role = f"images of split {', '.join(part.splits)}"
+    try:
+        dataset = open_dataset(dataset_uri(name, store))
+    except MedsslError:
+        return DataFacts(name, role, "", "its card was not found when this card was written", part is not None)
+    card = dataset.card
+    if part is not None:
+        used = sum(card["splits"].get(split, 0) for split in part.splits)
+        often = f", each {part.times} times an epoch" if part.times > 1 else ""
+        role = f"{used:,} {role}, of {len(dataset):,} in all{often}"
+    note = "drawn by a program" if card.get("synthetic") else f"images {dataset.images_digest[:16]}"
+    return DataFacts(dataset.name, role, card.get("licence") or "", note, part is not None)
 
 
 def render_card(facts: CardFacts) -> str:
@@ -202,8 +211,8 @@ def _scores(facts: CardFacts) -> str:
         for r in summary[summary["arm"] == facts.arm].to_dict("records")
     ]  # fmt: skip
     parts = [
-        "On the study's test split, mean ± standard deviation over all runs of the arm (pretraining seeds x label draws x head "
-        "seeds), of which this file is one pretraining seed.",
+        f"On the study's {facts.recipe.evaluation_split} split, mean ± standard deviation over all runs of the arm (pretraining "
+        "seeds x label draws x head seeds), of which this file is one pretraining seed.",
         _table(["protocol", "metric", "score", "runs"], rows) if rows else "The arm was not scored.",
     ]
     about = (comparisons["better"] == facts.arm) | (comparisons["than"] == facts.arm)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,15 @@ from medssl.datasets.dataset import open_dataset
 from medssl.datasets.read import Decoding
 from medssl.errors import MedsslError, NonFiniteLoss, StoreError
 from medssl.filesystem import retrying_filesystem
+from medssl.mixes import Source, joined_index, shown
 from medssl.recipe import Compute
-from medssl.rows import StreamFeed, open_resident, stream_images, user_error
+from medssl.rows import open_resident
 from medssl.stages.cluster import require_gpus
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import Spec
 from medssl.store import Store, open_store
+from medssl.streams import StreamFeed, stream_sources, user_error
 from medssl.training.monitor import KnnMonitor, Watched
 from medssl.training.plan import PretrainPlan
 
@@ -52,18 +54,16 @@ class Job:
     store_uri: str
     artifact: str
     plan: dict[str, Any]
-    rows: list[int]
-    """Row numbers of the pretraining images (resident feeding)."""
-    resident: dict[str, Any] | None
-    """How to open the resident file on any node; None streams."""
-    dataset_uri: str
-    """Where bags are looked up, for pairs of a bag."""
+    sources: list[Source]
+    """What it is shown."""
     decoding: dict[str, Any]
     """decode_px, resize and channels."""
     compute: dict[str, Any]
     initial_weights: str | None
     watched: dict[str, Any] | None = None
     """Labelled images that the monitor looks at (fields of `Watched`); None watches nothing."""
+    watched_images: dict[str, Any] | None = None
+    """How to open the resident file that they are in."""
     packed_uri: str | None = None
     """Images that can be read singly, for streamed bags."""
 
@@ -73,28 +73,24 @@ def run_pretrain(
     spec: Spec,
     plan: PretrainPlan,
     *,
-    dataset: Any,
-    rows: list[int],
-    resident: dict[str, Any] | None,
-    decoding: dict[str, Any],
-    splits: list[str],
+    sources: Sequence[Source],
+    decoding: Decoding,
     compute: Compute,
     initial_weights: GivenWeights | None = None,
     before_publish: Callable[[], None] | None = None,
     on_progress: OnProgress | None = None,
     watched: Watched | None = None,
+    watched_images: Mapping[str, Any] | None = None,
 ) -> Marker:
     """Trains (or goes on training) one encoder and publishes its artifact.
 
     Args:
-        dataset: the open dataset, for streaming.
-        rows: row numbers of the images to train on.
-        resident: arguments of `rows.open_resident` when feeding is resident, else None.
-        decoding: decode_px, resize and channels.
-        splits: splits to stream.
+        sources: what it is shown; all resident, or all streamed.
+        decoding: how images become arrays.
         initial_weights: weights to start from, put in place by `initial.stage_weights`; their facts go into the marker.
         before_publish: called before the marker is written; raises when the run has lost its lease.
-        watched: labelled images for the kNN curve, measured as `compute.monitor_every_epochs` says (resident feeding).
+        watched: labelled images for the kNN curve, measured as `compute.monitor_every_epochs` says.
+        watched_images: arguments of `rows.open_resident` for these.
 
     Raises:
         NonFiniteLoss: the loss turned NaN or infinite; nothing is retried.
@@ -106,14 +102,15 @@ def run_pretrain(
     with board(on_progress) as handle:
         uri = initial_weights.uri if initial_weights else None
         seen = asdict(watched) if watched else None
+        where = dict(watched_images) if watched_images else None
         job = Job(
-            store.uri, spec.name, plan.canonical(), rows, resident, dataset.uri, decoding, compute.canonical(), uri, seen
+            store.uri, spec.name, plan.canonical(), list(sources), asdict(decoding), compute.canonical(), uri, seen, where
         )
         datasets = {}
-        if resident is None and plan.pairs == "bag":
-            job = replace(job, packed_uri=ensure_packed(dataset, store))
-        elif resident is None:
-            datasets = {"train": stream_images(dataset, splits=splits, seed=plan.seed, **decoding)}
+        if sources[0].resident is None and plan.pairs == "bag":
+            job = replace(job, packed_uri=ensure_packed(open_dataset(sources[0].dataset_uri), store))
+        elif sources[0].resident is None:
+            datasets = {"train": stream_sources(sources, decoding, plan.seed)}
         outcome = _fit(store, spec.name, job, datasets, compute, handle)
     if outcome["status"] == "failed":
         raise MedsslError(f"{spec.label} failed: {outcome['error']}")
@@ -151,7 +148,7 @@ def _fit(store: Store, name: str, job: Job, datasets: dict[str, Any], compute: C
     gpu = compute.gpus_per_worker > 0
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"job": asdict(job), "board": handle},
+        train_loop_config={"job": vars(job), "board": handle},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=compute.workers,
@@ -218,8 +215,8 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
     feed = _open_feed(job, plan, process)
 
     monitor: KnnMonitor | None = None
-    if process.rank == 0 and job.watched is not None and job.resident is not None:
-        monitor = KnnMonitor(open_resident(**job.resident), plan.encoder, Watched(**job.watched), process.device)
+    if process.rank == 0 and job.watched is not None and job.watched_images is not None:
+        monitor = KnnMonitor(open_resident(**job.watched_images), plan.encoder, Watched(**job.watched), process.device)
 
     def post(progress: Any) -> None:
         if process.rank == 0:
@@ -243,18 +240,22 @@ def _open_feed(job: Job, plan: PretrainPlan, process: Process) -> Feed:
     from ray import train
 
     from medssl.training.bags import Bags, ResidentBagFeed
-    from medssl.training.feed import ResidentFeed
+    from medssl.training.feed import JoinedImages, ResidentFeed
 
+    numbers, decoding = shown(job.sources), Decoding(**job.decoding)
+    opened = [open_resident(**source.resident) for source in job.sources if source.resident is not None]
+    images = opened[0] if len(opened) == 1 else JoinedImages(opened) if opened else None
     if plan.pairs == "bag":
-        bags = Bags.of_index(open_dataset(job.dataset_uri).index(), job.rows)
-        if job.resident is not None:
-            return ResidentBagFeed(open_resident(**job.resident), bags, plan.batch_size, plan.seed, process)
+        index = joined_index([open_dataset(source.dataset_uri).index() for source in job.sources])
+        bags = Bags.of_index(index, numbers)
+        if images is not None:
+            return ResidentBagFeed(images, bags, plan.batch_size, plan.seed, process)
         assert job.packed_uri is not None
-        return StreamBagFeed(job.packed_uri, bags, plan.batch_size, plan.seed, process, Decoding(**job.decoding))
-    if job.resident is not None:
-        return ResidentFeed(open_resident(**job.resident), job.rows, plan.batch_size, plan.seed, process)
-    shard, decoding = train.get_dataset_shard("train"), Decoding(**job.decoding)
-    return StreamFeed(shard, len(job.rows), plan.batch_size, plan.seed, process, decoding)
+        return StreamBagFeed(job.packed_uri, bags, plan.batch_size, plan.seed, process, decoding)
+    if images is not None:
+        return ResidentFeed(images, numbers, plan.batch_size, plan.seed, process)
+    shard = train.get_dataset_shard("train")
+    return StreamFeed(shard, len(numbers), plan.batch_size, plan.seed, process, decoding)
 
 
 def _read_weights(uri: str | None) -> bytes | None:

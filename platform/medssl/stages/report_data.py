@@ -56,7 +56,7 @@ class DatasetFacts:
     groups: Mapping[str, int] = field(default_factory=dict)
     """Patients by split (each unknown patient counts as one)."""
     evaluated: bool = True
-    """Whether scores were measured on its test split."""
+    """Whether scores were measured on it."""
     licence: str = ""
     synthetic: bool = False
     """Drawn by a program: its scores say nothing about patients."""
@@ -78,7 +78,7 @@ class DatasetFacts:
 
 @dataclass(frozen=True, eq=False)
 class Confusion:
-    """Confusion counts of one arm and protocol on the test split, averaged over all repeats."""
+    """Confusion counts of one arm and protocol on the evaluation split, averaged over all repeats."""
 
     classes: Sequence[str]
     counts: NDArray[np.floating]
@@ -105,6 +105,8 @@ class ReportData:
 
     study: str
     description: str = ""
+    split: str = "test"
+    """Split that the scores were measured on: test or val."""
     main_metric: str = "balanced_accuracy"
     """The metric that the plain-language result and the figures use."""
     main_protocol: str | None = None
@@ -150,6 +152,12 @@ class ReportData:
     """What a reader must know before believing the numbers (collapse, a stopped run, leakage). Shown first."""
     notes: Sequence[str] = ()
     """What a reader may want to know."""
+
+    @property
+    def judged(self) -> str:
+        """The split in words: test or validation."""
+        return {"val": "validation"}.get(self.split, self.split)
+
 
 
 def arm_order(data: ReportData) -> list[str]:

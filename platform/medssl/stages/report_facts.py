@@ -44,8 +44,17 @@ def arm_facts(recipe: Recipe, arm: Arm) -> ArmFacts:
     words = arm.objective.name.replace("_", " ")
     return ArmFacts(
         arm.name,
-        f"{encoder.name} at {encoder.image_px} px, {begin}, {words}, {arm.epochs} epochs, batch {arm.batch_size}",
+        f"{encoder.name} at {encoder.image_px} px, {begin}, {words}{_mix(arm)}, {arm.epochs} epochs, batch {arm.batch_size}",
     )
+
+
+def _mix(arm: Arm) -> str:
+    """In words, what an arm's pretraining is shown, where that is not the study's own images."""
+    parts = [
+        f"{part.times} x {part.dataset.rpartition('/')[2] if part.dataset else 'the dataset'} ({', '.join(part.splits)})"
+        for part in arm.mix
+    ]
+    return f" on {' + '.join(parts)}" if parts else ""
 
 
 def dataset_facts(dataset: Dataset, recipe: Recipe) -> DatasetFacts:
@@ -76,7 +85,7 @@ def bag_counts(recipe: Recipe, index: pd.DataFrame) -> dict[int, int]:
 
     An image without a bag id is a bag of its own.
     """
-    if not any(arm.objective is not None and arm.pairs == "bag" for arm in recipe.arms):
+    if not any(arm.objective is not None and arm.pairs == "bag" and not arm.mix for arm in recipe.arms):
         return {}
     bag_ids = index[index["split"].isin(recipe.pretraining_splits)]["bag_id"]
     counts = {int(str(size)): int(bags) for size, bags in bag_ids.value_counts().value_counts().items()}
@@ -170,7 +179,9 @@ def versions() -> dict[str, str]:
 
 def warnings(recipe: Recipe) -> list[str]:
     """What a reader must know before believing the numbers, beyond what dataset, scores and curves themselves say."""
-    judged = [split for split in recipe.pretraining_splits if split in (VALIDATION, TEST)]
+    own = [part for arm in recipe.arms if arm.mix for part in arm.mix if part.dataset is None]
+    used = [*recipe.pretraining_splits, *(split for part in own for split in part.splits)]
+    judged = [split for split in dict.fromkeys(used) if split in (VALIDATION, TEST)]
     if judged:
         names = " and ".join(judged)
         return [f"images of the splits {names} were used in pretraining (without labels): scores are too good"]

@@ -96,7 +96,7 @@ def _strips(
     top, width = 26.0, _STRIP_WIDTH
     panel = svg.Panel(width, top + sum(heights) + 44, f"{metric_title(metric)} of each arm, {title_of(protocol)}")
     panel.text(10, 15, title_of(protocol), size=13, bold=True)
-    panel.x_axis(scale, top, top + sum(heights), f"{metric_title(metric)}, test split", 6)
+    panel.x_axis(scale, top, top + sum(heights), f"{metric_title(metric)}, {data.judged} split", 6)
     y = top
     for (arm, part), height in zip(groups, heights, strict=True):
         values = part["value"].to_numpy(dtype=float)

@@ -138,7 +138,7 @@ def confusion_matrices(data: ReportData) -> Figure | None:
         return None
     panels = [_confusion(data.confusions[k], f"{svg.clipped(k[0], 24)}, {title_of(k[1])}") for k in keys]
     caption = (
-        "Confusion matrices on the test split, averaged over all repeats. Row: true class; column: predicted class; "
+        f"Confusion matrices on the {data.judged} split, averaged over all repeats. Row: true class; column: predicted class; "
         "number and shade: percent of the row's images; the framed diagonal is recall."
     )
     return Figure(caption, panels)

@@ -72,7 +72,7 @@ def result_table(data: ReportData, protocol: str) -> Table | None:
     columns = [Column("arm"), *(Column(metric_title(m), "mean ± std", True) for m in metrics)]
     columns.append(Column("n", "seeds × draws × heads", True))
     caption = (
-        f"{title_of(protocol)}, test split: mean ± standard deviation over all n scores (pretraining seeds × label "
+        f"{title_of(protocol)}, {data.judged} split: mean ± standard deviation over all n scores (pretraining seeds × label "
         "draws × head seeds). Bold: the highest mean, which is not yet a claim; the comparisons below say what is."
     )
     caption += " AUC is one-vs-rest, averaged over classes." if "auc" in metrics else ""
@@ -131,7 +131,7 @@ def comparison_table(data: ReportData, metrics: Sequence[str]) -> Table | None:
         Column(f"{data.interval_level:.0%} interval", BOOTSTRAP, True), Column("p", BOOTSTRAP, True),
         Column("p", WELCH, True), Column("p of A/A line", "random against random", True),
     ]  # fmt: skip
-    caption = "Comparisons on the test split. The interval is the evidence. A/A: Welch's test where nothing differs."
+    caption = f"Comparisons on the {data.judged} split. The interval is the evidence. A/A: Welch's test where nothing differs."
     caption += " Intervals and p are not corrected for the number of comparisons." if len(lines) > 1 else ""
     return Table(caption, columns, lines)
 
@@ -237,7 +237,7 @@ def recall_table(data: ReportData, protocol: str) -> Table | None:
         mine = frame[frame["class"] == name]
         recalls = {str(r["arm"]): number3(r["recall"]) for _, r in mine.iterrows()}
         lines.append([str(name), count(mine["images"].iloc[0]), *(recalls.get(a, NONE) for a in arms)])
-    columns = [Column("class"), Column("test images", "", True), *(Column(a, "recall", True) for a in arms)]
+    columns = [Column("class"), Column(f"{data.judged} images", "", True), *(Column(a, "recall", True) for a in arms)]
     caption = f"{title_of(protocol)}: recall (share of a class's images that were recognised), mean over all repeats."
     return Table(caption, columns, lines)
 

@@ -37,7 +37,7 @@ COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.5
 """At the end of a pretraining, a standard deviation or an effective rank no larger than this is a collapse, as in the loop."""
 
 MEANINGS = {
-    "accuracy": "Accuracy is the share of test images that were named correctly.",
+    "accuracy": "Accuracy is the share of images that were named correctly.",
     "balanced_accuracy": (
         "Balanced accuracy is the mean over the classes of the share of a class's images that were named correctly, so "
         "that rare classes count as much as common ones."
@@ -83,7 +83,7 @@ def _verdict(data: ReportData, row: pd.Series) -> Text:
         return Text(text, f"{better} against {than} ({where}): no claim.", "unclear")
     ends = sorted((sign * low, sign * high))
     if ends[0] > 0 or ends[1] < 0:
-        text = f"{measured} {span}.{_in_hundred(data.main_metric, first, second, better, than)}"
+        text = f"{measured} {span}.{_in_hundred(data, data.main_metric, first, second, better, than)}"
         text += _few(data, better, than, protocol)
         if any(_single_pretraining(data, arm, protocol) for arm in (better, than)):
             higher = "better" if ends[0] > 0 else "worse"
@@ -97,12 +97,13 @@ def _verdict(data: ReportData, row: pd.Series) -> Text:
     return Text(text + _few(data, better, than, protocol), head, "unclear")
 
 
-def _in_hundred(metric: str, first: float, second: float, better: str, than: str) -> str:
-    drawn = {"accuracy": "test images", "balanced_accuracy": "test images drawn evenly from all classes"}.get(metric)
+def _in_hundred(data: ReportData, metric: str, first: float, second: float, better: str, than: str) -> str:
+    drawn = {"accuracy": "images", "balanced_accuracy": "images drawn evenly from all classes"}.get(metric)
     if drawn is None or not (math.isfinite(first) and math.isfinite(second)):
         return ""
     of = 100 if round(100 * first) != round(100 * second) else 1000
-    return f" Of {of:,} {drawn}, {better} names about {of * first:.0f} correctly and {than} about {of * second:.0f}."
+    named = f"{better} names about {of * first:.0f} correctly and {than} about {of * second:.0f}"
+    return f" Of {of:,} {data.judged} {drawn}, {named}."
 
 
 def _few(data: ReportData, better: str, than: str, protocol: str) -> str:
@@ -145,36 +146,39 @@ def mean_of(data: ReportData, arm: str, protocol: str) -> float:
 
 def basis(data: ReportData) -> list[Text]:
     """On how many images and patients the scores were measured, what the metric means, what the interval covers."""
-    tested = [facts for facts in data.datasets if facts.evaluated and facts.counts.get("test")]
-    texts = [Text(_measured_on(facts, searched=not data.searches.empty)) for facts in tested]
+    tested = [facts for facts in data.datasets if facts.evaluated and facts.counts.get(data.split)]
+    texts = [Text(_measured_on(data, facts)) for facts in tested]
     meaning = MEANINGS.get(data.main_metric, "")
-    classes = max((_class_number(f) for f in data.datasets if f.evaluated), default=0)
+    classes = max((_class_number(f, data.split) for f in data.datasets if f.evaluated), default=0)
     if meaning and data.main_metric == "balanced_accuracy" and classes > 1:
         meaning += f" Guessing among {classes} classes gives {number3(1 / classes)}."
     if not complete(data.comparisons, "comparisons").empty:
         meaning += (
             " An interval allows for chance in the pretraining, in which images were labelled, in the start of the "
-            "classifier, and in which patients the test set holds, as far as the study repeats each."
+            "classifier, and in which patients were judged, as far as the study repeats each."
         )
     texts += [Text(meaning.strip())] if meaning else []
     return [*texts, Text("A research result; not for decisions about patients.")]
 
 
-def _class_number(facts: DatasetFacts) -> int:
-    return sum(1 for number in facts.counts.get("test", {}).values() if number > 0)
+def _class_number(facts: DatasetFacts, split: str) -> int:
+    return sum(1 for number in facts.counts.get(split, {}).values() if number > 0)
 
 
-def _measured_on(facts: DatasetFacts, searched: bool) -> str:
-    images = sum(facts.counts["test"].values())
-    who = f" of {plural(facts.groups['test'], 'patient')}" if facts.groups.get("test") else ""
+def _measured_on(data: ReportData, facts: DatasetFacts) -> str:
+    images = sum(facts.counts[data.split].values())
+    who = f" of {plural(facts.groups[data.split], 'patient')}" if facts.groups.get(data.split) else ""
     apart = (
         "" if facts.leakage_allowed
         else ", none of whom is known to be among the training images" if who and facts.unknown_patients
         else ", none of whom is among the training images" if who
         else ", apart from the training images"
     )  # fmt: skip
-    measured = f"Measured on {plural(images, 'test image')}{who}{apart} (dataset {facts.name})."
-    return f"{measured} Learning rate and weight decay were chosen on other images." if searched else measured
+    measured = f"Measured on {plural(images, f'{data.judged} image')}{who}{apart} (dataset {facts.name})."
+    if data.searches.empty:
+        return measured
+    which = "other images" if data.split == "test" else "these images too, so the scores are a little too good"
+    return f"{measured} Learning rate and weight decay were chosen on {which}."
 
 
 def cautions(data: ReportData) -> list[Text]:
@@ -184,7 +188,7 @@ def cautions(data: ReportData) -> list[Text]:
         if facts.leakage_allowed:
             texts.append(
                 f"Dataset {facts.name}: {plural(facts.leakage_patients, 'patient')} with images in two splits, allowed "
-                "by the user at ingest. Scores on the test split may be too high."
+                "by the user at ingest. Scores may be too high."
             )
         if facts.synthetic:
             texts.append(

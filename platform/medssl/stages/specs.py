@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from medssl.artifacts import Marker, artifact_name, digest_json
 from medssl.datasets.draws import label_draw
+from medssl.mixes import seen_elsewhere
 from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
 
 # Raised when a stage's numbers change for the same configuration.
@@ -65,6 +66,21 @@ class Cell:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class ShownPart:
+    """Images of one dataset that a pretraining is shown."""
+
+    dataset: str | None
+    """As the recipe names it; None is the study's own."""
+    index: pd.DataFrame
+    rows: NDArray[np.int64]
+    """Ascending."""
+    splits: tuple[str, ...]
+    times: int
+    left_out: NDArray[np.int64]
+    """Rows of these splits that are images of the study's validation or test split, and are not shown."""
+
+
 @dataclass
 class Specs:
     """Specifications of one study over one dataset state."""
@@ -74,13 +90,16 @@ class Specs:
     classes: list[str]
     weights_digests: Mapping[str, str] = field(default_factory=dict)
     """Digest of the weights that arms start from, by the arm's name."""
+    others: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    """Indexes of the further datasets of mixes, by their names in the recipe."""
 
     def pretraining_seeds(self, arm: Arm, protocol: Protocol | None = None) -> range:
         """Seeds of an arm; one for features without chance."""
         alike = arm.objective is None and arm.initial_weights != "random"  # given weights, not trained: one encoder
         if arm.features == "colour" or alike:
             return range(1)
-        return range(min(self.recipe.repeats.pretraining_seeds, (protocol and protocol.pretraining_seeds) or 10**9))
+        seeds = arm.pretraining_seeds or self.recipe.repeats.pretraining_seeds
+        return range(min(seeds, (protocol and protocol.pretraining_seeds) or seeds))
 
     def cells(self) -> list[Cell]:
         """All cells, arms of one protocol side by side."""
@@ -98,20 +117,40 @@ class Specs:
         """The encoder of one pretraining seed; None for colour features."""
         if arm.features == "colour":
             return None
-        rows = self.index[self.index["split"].isin(self.recipe.pretraining_splits)]
+        parts = self.mix(arm)
+        digests = [(part.times, self._image_digest(part.index.loc[part.rows])) for part in parts]
         config: dict[str, Any] = {"images": self._decoding()}
-        inputs = {"images": self._image_digest(rows)}
+        inputs = {"images": digest_json(digests) if arm.mix else digests[0][1]}
+        images = sum(part.times * len(part.rows) for part in parts)
         if arm.initial_weights != "random":
             inputs["initial_weights"] = self.weights_digests[arm.name]
         if arm.objective is None:
             config |= {"encoder": self.recipe.encoder_of(arm).canonical(), "seed": seed}
-            return Spec("initialise", config, inputs, f"initialise {arm.name} seed {seed}", len(rows))
+            return Spec("initialise", config, inputs, f"initialise {arm.name} seed {seed}", images)
         plan = self.recipe.plan(arm, seed)
         config |= {"plan": plan.canonical(), "feeding": self.recipe.images.feeding}
         if arm.pairs == "bag":
-            keys = rows[["image_id", "bag_id", "patient_id"]].astype(object)
-            inputs["bags"] = digest_json(keys.where(keys.notna(), None).to_numpy().tolist())
-        return Spec("pretrain", config, inputs, f"pretrain {arm.name} seed {seed}", len(rows) * plan.total_epochs)
+            keys = [part.index.loc[part.rows, ["image_id", "bag_id", "patient_id"]].astype(object) for part in parts]
+            lists = [part.where(part.notna(), None).to_numpy().tolist() for part in keys]
+            inputs["bags"] = digest_json(lists if arm.mix else lists[0])
+        return Spec("pretrain", config, inputs, f"pretrain {arm.name} seed {seed}", images * plan.total_epochs)
+
+    def mix(self, arm: Arm) -> list[ShownPart]:
+        """What the arm's pretraining is shown, part by part.
+
+        Images of another dataset that are, byte for byte, validation or test images of the study are left out.
+        """
+        parts = []
+        for part in self.recipe.mix(arm):
+            index = self.index if part.dataset is None else self.others[part.dataset]
+            rows = index.index[index["split"].isin(part.splits)].to_numpy(dtype=np.int64)
+            judged = seen_elsewhere(index, rows, self._judged_images) if part.dataset is not None else rows[:0]
+            parts.append(ShownPart(part.dataset, index, np.setdiff1d(rows, judged), part.splits, part.times, judged))
+        return parts
+
+    @cached_property
+    def _judged_images(self) -> set[str]:
+        return set(self.index.loc[self.index["split"].isin((VALIDATION, TEST)), "sha256"])
 
     def embed(self, arm: Arm, seed: int, protocol: LinearProbe, encoder: Marker | None) -> Spec:
         """Features of all labelled splits; with a bank of augmented passes where the protocol's heads draw from one."""
@@ -162,7 +201,7 @@ class Specs:
             "classes": self.classes,
             **self._network(cell.arm, cell.protocol),
         }
-        drawn, test = self.draw(cell.label_draw), self.rows(TEST)
+        drawn, test = self.draw(cell.label_draw), self.rows(self.recipe.evaluation_split)
         inputs = {
             "features": features.digest,
             "draw": self._label_digest(drawn),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medssl.collectives import Process
 from medssl.errors import DataError, RecipeError
-from medssl.training.feed import Batch, ResidentImages, ahead, rank_slice
+from medssl.training.feed import Batch, Images, ahead, rank_slice
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,7 +202,7 @@ def _row_of_bags(bags: Bags, steps: int, batch_size: int, random: np.random.Gene
 class ResidentBagFeed:
     """Batches of pairs from resident images; the :class:`medssl.training.feed.Feed` for bags."""
 
-    def __init__(self, images: ResidentImages, bags: Bags, batch_size: int, seed: int, process: Process) -> None:
+    def __init__(self, images: Images, bags: Bags, batch_size: int, seed: int, process: Process) -> None:
         """`batch_size` counts bags over all ranks.
 
         Raises:
@@ -215,7 +215,7 @@ class ResidentBagFeed:
         self.steps_per_epoch = bags.steps_per_epoch(batch_size)
         self.seed = seed
         self._slice = rank_slice(batch_size, process)
-        self._images = images.tensor()
+        self._images = images
         self._pin = process.device.type == "cuda"
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -228,5 +228,5 @@ class ResidentBagFeed:
         return Batch(self._read(first_B), first_B, self._read(second_B), second_B)
 
     def _read(self, rows_B: Tensor) -> Tensor:
-        images_BHWC = self._images.index_select(0, rows_B)
+        images_BHWC = self._images.take(rows_B)
         return images_BHWC.pin_memory() if self._pin else images_BHWC

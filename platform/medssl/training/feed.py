@@ -55,6 +55,15 @@ class Feed(Protocol):
         """
 
 
+class Images(Protocol):
+    """Decoded images by number."""
+
+    def take(self, rows_B: Tensor) -> Tensor:
+        """The images of these numbers, a copy (B, H, W, C)."""
+
+    def __len__(self) -> int: ...
+
+
 class ResidentImages:
     """All decoded images of a dataset in one memory-mapped file, shared through the page cache by whoever opens it.
 
@@ -109,8 +118,33 @@ class ResidentImages:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(np.asarray(self.images))
 
+    def take(self, rows_B: Tensor) -> Tensor:
+        """The images of these rows, a copy (B, H, W, C)."""
+        return self.tensor().index_select(0, rows_B)
+
     def __len__(self) -> int:
         return len(self.image_ids)
+
+
+class JoinedImages:
+    """The images of several resident files, numbered one file after the other."""
+
+    def __init__(self, parts: Sequence[ResidentImages]) -> None:
+        """All of one height, width and number of channels."""
+        self._parts = list(parts)
+        self._ends = torch.tensor(np.cumsum([len(part) for part in parts]))
+
+    def take(self, rows_B: Tensor) -> Tensor:
+        """The images of these numbers, a copy (B, H, W, C)."""
+        which_B = torch.searchsorted(self._ends, rows_B, right=True)
+        images_BHWC = torch.empty(len(rows_B), *self._parts[0].images.shape[1:], dtype=torch.uint8)
+        for number, part in enumerate(self._parts):
+            here_B = which_B == number
+            images_BHWC[here_B] = part.take(rows_B[here_B] - (self._ends[number] - len(part)))
+        return images_BHWC
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
 
 
 def rank_slice(batch_size: int, process: Process) -> slice:
@@ -139,10 +173,10 @@ class ResidentFeed:
     """Batches from resident images: a fresh permutation of the rows in every epoch, from (seed, epoch)."""
 
     def __init__(
-        self, images: ResidentImages, rows: Sequence[int] | np.ndarray, batch_size: int, seed: int, process: Process
+        self, images: Images, rows: Sequence[int] | np.ndarray, batch_size: int, seed: int, process: Process
     ) -> None:
-        """`rows` are the row numbers to use; `batch_size` counts over all ranks."""
-        self.rows = np.unique(np.asarray(rows, dtype=np.int64))
+        """`rows` are the row numbers to use, one that comes k times k times an epoch; `batch_size` counts over all ranks."""
+        self.rows = np.sort(np.asarray(rows, dtype=np.int64))
         if len(self.rows) < batch_size:
             raise RecipeError(f"batch_size {batch_size} is larger than the {len(self.rows)} images; use {len(self.rows)} or less")
         if self.rows[0] < 0 or self.rows[-1] >= len(images):
@@ -151,7 +185,7 @@ class ResidentFeed:
         self.steps_per_epoch = len(self.rows) // batch_size
         self.seed = seed
         self._slice = rank_slice(batch_size, process)
-        self._images = images.tensor()
+        self._images = images
         self._pin = process.device.type == "cuda"
 
     def order(self, epoch: int) -> np.ndarray:
@@ -166,5 +200,5 @@ class ResidentFeed:
     def _batch(self, order: Tensor, step: int) -> Batch:
         whole = order[step * self.batch_size : (step + 1) * self.batch_size]
         rows_B = whole[self._slice]
-        images_BHWC = self._images.index_select(0, rows_B)
+        images_BHWC = self._images.take(rows_B)
         return Batch(images_BHWC.pin_memory() if self._pin else images_BHWC, rows_B)
