@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError
 from medssl.recipe import Recipe
 from medssl.recipe_file import dump, load
@@ -125,6 +126,14 @@ def test_which_pretrainings_are_refused(arm: dict[str, Any], words: list[str]) -
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+def test_decoding_is_what_the_recipe_says() -> None:
+    images = {"decode_px": 40, "resize": "pad", "depth": "detector"}
+    recipe = load(raw(images=images, encoder={"channels": 1, "mean": [0.5], "std": [0.2]}))
+    assert recipe.decoding == Decoding(40, "pad", 1, "detector") != load(raw(images={"decode_px": 40, "resize": "pad"})).decoding
+    with pytest.raises(RecipeError, match=r"images\.depth.*'window' or 'detector'.*'dicom'"):
+        load(raw(images={"depth": "dicom"}))
 
 
 def test_the_finder_is_refused_with_streaming() -> None:

@@ -54,7 +54,7 @@ def test_resident_rows_are_the_images_in_index_order(
 ) -> None:
     seen: list[tuple[int, int]] = []
     images = resident_images(
-        dataset, decode_px=PX, resize="squash", channels=channels, cache_dir=tmp_path,
+        dataset, Decoding(PX, "squash", channels), cache_dir=tmp_path,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert images.images.shape == (IMAGES, PX, PX, channels) and images.images.dtype == np.uint8
@@ -65,16 +65,16 @@ def test_resident_rows_are_the_images_in_index_order(
 
 
 def test_a_second_call_maps_the_same_file(dataset: Dataset, tmp_path: Path) -> None:
-    first = resident_images(dataset, decode_px=PX, resize="squash", cache_dir=tmp_path)
+    first = resident_images(dataset, Decoding(PX, "squash"), cache_dir=tmp_path)
     inode = (first.path / "images.npy").stat().st_ino
-    again = resident_images(dataset, decode_px=PX, resize="squash", cache_dir=tmp_path)
+    again = resident_images(dataset, Decoding(PX, "squash"), cache_dir=tmp_path)
     assert (again.path / "images.npy").stat().st_ino == inode
-    other = resident_images(dataset, decode_px=PX, resize="crop", cache_dir=tmp_path)
+    other = resident_images(dataset, Decoding(PX, "crop"), cache_dir=tmp_path)
     assert other.digest != first.digest
 
 
 def test_every_node_and_opening_without_ray_data(dataset: Dataset, folder: Path, tmp_path: Path) -> None:
-    arguments = ensure_resident_on_nodes(dataset, decode_px=PX, resize="pad", cache_dir=tmp_path / "a")
+    arguments = ensure_resident_on_nodes(dataset, Decoding(PX, "pad"), cache_dir=tmp_path / "a")
     there = open_resident(**arguments)
     elsewhere = open_resident(**{**arguments, "cache_dir": str(tmp_path / "b")})  # a node that joined later
     assert there.path != elsewhere.path and there.digest == elsewhere.digest
@@ -85,8 +85,7 @@ def test_a_dataset_ingested_anew_is_noticed(dataset: Dataset, tmp_path: Path) ->
     arguments = {
         "dataset_uri": dataset.uri,
         "digest": "0" * 32,
-        "decode_px": PX,
-        "resize": "squash",
+        "decoding": {"decode_px": PX, "resize": "squash"},
         "cache_dir": str(tmp_path),
     }
     with pytest.raises(DataError, match="ingested anew"):
@@ -97,7 +96,7 @@ def test_a_failed_build_leaves_nothing(dataset: Dataset, tmp_path: Path) -> None
     broken = open_dataset(dataset.uri)
     broken.card["shards"][1]["rows"] += 1
     with pytest.raises(DataError, match="its card says 17"):
-        resident_images(broken, decode_px=PX, resize="squash", cache_dir=tmp_path)
+        resident_images(broken, Decoding(PX, "squash"), cache_dir=tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
@@ -113,9 +112,9 @@ def slow(*args):
 rows.decoded_batches = slow
 from medssl.datasets.dataset import open_dataset
 from medssl.datasets.read import Decoding
-digest = Decoding(int(sys.argv[3]), "squash", 3).digest(open_dataset(sys.argv[1]))
-px = int(sys.argv[3])
-rows.open_resident(dataset_uri=sys.argv[1], digest=digest, decode_px=px, resize="squash", cache_dir=sys.argv[2])
+fields = {"decode_px": int(sys.argv[3]), "resize": "squash"}
+digest = Decoding(**fields).digest(open_dataset(sys.argv[1]))
+rows.open_resident(dataset_uri=sys.argv[1], digest=digest, decoding=fields, cache_dir=sys.argv[2])
 """
 
 
@@ -131,7 +130,7 @@ def test_kill_9_in_mid_build_does_not_block_the_next(dataset: Dataset, folder: P
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1  # the unfinished one
-    images = resident_images(dataset, decode_px=PX, resize="squash", cache_dir=cache)
+    images = resident_images(dataset, Decoding(PX, "squash"), cache_dir=cache)
     assert np.array_equal(images.images, expected(dataset, folder))
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [images.digest]
 
@@ -139,7 +138,7 @@ def test_kill_9_in_mid_build_does_not_block_the_next(dataset: Dataset, folder: P
 def test_stream_has_the_images_of_the_splits(dataset: Dataset, folder: Path) -> None:
     truth, index = expected(dataset, folder), dataset.index()
     seen = []
-    for batch in stream_images(dataset, decode_px=PX, resize="squash", splits=["val", "test"]).iter_batches(
+    for batch in stream_images(dataset, Decoding(PX, "squash"), splits=["val", "test"]).iter_batches(
         batch_size=5
     ):
         for row, image in zip(batch["row"], batch["image"], strict=True):
@@ -152,7 +151,7 @@ def test_stream_feed_gives_every_rank_as_much_in_another_order_each_epoch(
     ray_session: Any, dataset: Dataset, folder: Path
 ) -> None:
     ray, train = ray_session, dataset.index().index[dataset.index()["split"] == "train"]
-    shards = stream_images(dataset, decode_px=PX, resize="squash", splits=["train"], seed=0).streaming_split(
+    shards = stream_images(dataset, Decoding(PX, "squash"), splits=["train"], seed=0).streaming_split(
         2, equal=True
     )
 
@@ -248,7 +247,7 @@ def test_stream_feed_refuses_what_it_cannot_do(dataset: Dataset) -> None:
     from medssl.collectives import Process
 
     process = Process(rank=0, world=1, device=torch.device("cpu"))
-    stream = stream_images(dataset, decode_px=PX, resize="squash").iterator()
+    stream = stream_images(dataset, Decoding(PX, "squash")).iterator()
     with pytest.raises(RecipeError, match="larger than the 10 images"):
         StreamFeed(stream, 10, 16, 0, process, Decoding(PX, "squash"))
     with pytest.raises(ValueError, match="epoch ends only"):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError, nearest
 from medssl.metrics import METRICS
 from medssl.networks.encoder import EncoderParams
@@ -38,6 +39,9 @@ class ImageParams(Params):
     """Side in pixels at which images are decoded and kept; larger than the view, so that crops are not enlargements."""
     resize: Literal["squash", "crop", "pad"] = "squash"
     """How an oblong image becomes a square: squashed, centre-cropped, or padded with black."""
+    depth: Literal["window", "detector"] = "window"
+    """How 16-bit samples become 8-bit ones. window: each image from its 0.1% to its 99.9% quantile, for radiographs. detector: 0
+    to the detector's full scale, for calibrated images such as CT."""
     feeding: Literal["resident", "streaming"] = "resident"
     """resident: decoded once into a memory-mapped file on each node. streaming: decoded anew by Ray Data each epoch."""
 
@@ -366,6 +370,11 @@ class Recipe(Params):
     def encoder_of(self, arm: Arm) -> EncoderParams:
         """The encoder that an arm uses."""
         return arm.encoder or self.encoder
+
+    @property
+    def decoding(self) -> Decoding:
+        """How the study's images become arrays."""
+        return Decoding(self.images.decode_px, self.images.resize, self.encoder.channels, self.images.depth)
 
     def mix(self, arm: Arm) -> tuple[MixPart, ...]:
         """What the arm's pretraining is shown."""

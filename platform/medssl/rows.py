@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from medssl.datasets.dataset import Dataset, open_dataset
 from medssl.datasets.read import Decoding, decoded_batches
 from medssl.errors import DataError
-from medssl.images import Resize
 from medssl.streams import stream_images, user_error
 
 if TYPE_CHECKING:
@@ -44,10 +43,8 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 def resident_images(
     dataset: Dataset,
+    decoding: Decoding,
     *,
-    decode_px: int,
-    resize: Resize,
-    channels: int = 3,
     cache_dir: str | Path | None = None,
     progress: OnProgress | None = None,
 ) -> ResidentImages:
@@ -56,10 +53,9 @@ def resident_images(
     Raises:
         DataError: the images cannot be read, or the cache folder has no room.
     """
-    decoding = Decoding(decode_px, resize, channels)
 
     def batches() -> Batches:
-        stream = stream_images(dataset, decode_px=decode_px, resize=resize, channels=channels)
+        stream = stream_images(dataset, decoding)
         try:
             for batch in stream.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
                 yield cast(dict[str, NDArray[Any]], batch)
@@ -71,10 +67,8 @@ def resident_images(
 
 def ensure_resident_on_nodes(
     dataset: Dataset,
+    decoding: Decoding,
     *,
-    decode_px: int,
-    resize: Resize,
-    channels: int = 3,
     cache_dir: str | Path | None = None,
     progress: OnProgress | None = None,
 ) -> dict[str, Any]:
@@ -85,39 +79,31 @@ def ensure_resident_on_nodes(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    decoding = Decoding(decode_px, resize, channels)
-    arguments = {"dataset_uri": dataset.uri, "cache_dir": str(cache_dir) if cache_dir else None, **asdict(decoding)}
-    resident_images(
-        dataset, decode_px=decode_px, resize=resize, channels=channels, cache_dir=cache_dir, progress=progress
-    )
+    resident_images(dataset, decoding, cache_dir=cache_dir, progress=progress)
     own = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()
     others = [n["NodeID"] for n in nodes if n["Alive"] and n["NodeID"] != own and n["Resources"].get("CPU", 0) > 0]
     build = ray.remote(num_cpus=0, max_retries=2)(_build_on_node)
-    tasks = [
-        build.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(arguments)
-        for node in others
-    ]
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in others]
+    tasks = [build.options(scheduling_strategy=place).remote(dataset.uri, decoding, cache_dir) for place in places]
     try:
         ray.get(tasks)
     except ray.exceptions.RayError as error:
         raise user_error(error) from error
-    return {**arguments, "digest": decoding.digest(dataset)}
+    return {
+        "dataset_uri": dataset.uri,
+        "digest": decoding.digest(dataset),
+        "decoding": asdict(decoding),
+        "cache_dir": str(cache_dir) if cache_dir else None,
+    }
 
 
-def _build_on_node(arguments: dict[str, Any]) -> None:
-    uri = arguments["dataset_uri"]
-    resident_images(open_dataset(uri), **{key: value for key, value in arguments.items() if key != "dataset_uri"})
+def _build_on_node(dataset_uri: str, decoding: Decoding, cache_dir: str | Path | None) -> None:
+    resident_images(open_dataset(dataset_uri), decoding, cache_dir=cache_dir)
 
 
 def open_resident(
-    *,
-    dataset_uri: str,
-    digest: str,
-    decode_px: int,
-    resize: Resize,
-    channels: int = 3,
-    cache_dir: str | None = None,
+    *, dataset_uri: str, digest: str, decoding: Mapping[str, Any], cache_dir: str | None = None
 ) -> ResidentImages:
     """The resident file of this node, by the arguments that `ensure_resident_on_nodes` returned. Needs no Ray.
 
@@ -131,15 +117,15 @@ def open_resident(
     folder = cache_folder(cache_dir)
     if (folder / digest).is_dir():
         return ResidentImages.open(folder / digest)
-    dataset, decoding = open_dataset(dataset_uri), Decoding(decode_px, resize, channels)
-    if decoding.digest(dataset) != digest:
+    dataset, chosen = open_dataset(dataset_uri), Decoding(**decoding)
+    if chosen.digest(dataset) != digest:
         raise DataError(f"dataset {dataset_uri} was ingested anew while it was in use: run the study again")
 
     def batches() -> Batches:
         for shard in dataset.shards:
-            yield from decoded_batches(dataset.uri, shard, decoding)
+            yield from decoded_batches(dataset.uri, shard, chosen)
 
-    return _open_or_build(dataset, decoding, folder, batches, None)
+    return _open_or_build(dataset, chosen, folder, batches, None)
 
 
 def _open_or_build(

@@ -9,7 +9,6 @@ from functools import cached_property, partial
 from typing import Any
 
 from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
-from medssl.datasets.read import Decoding
 from medssl.errors import StoreError
 from medssl.events import Event
 from medssl.leases import Lease, Owner, lease
@@ -95,7 +94,7 @@ class Runner:
         return run_pretrain(
             study.store, spec, recipe.plan(arm, seed),
             sources=self._sources(arm),
-            decoding=Decoding(recipe.images.decode_px, recipe.images.resize, recipe.encoder.channels),
+            decoding=recipe.decoding,
             compute=recipe.compute,
             before_publish=self._check_leases,
             initial_weights=given,
@@ -269,7 +268,7 @@ class Runner:
             label = f"decode {len(dataset):,} images of {dataset.name} at {recipe.images.decode_px} px"
             self.study.emit(Event("begin", label))
             self._decoded[uri] = ensure_resident_on_nodes(
-                dataset, decode_px=recipe.images.decode_px, resize=recipe.images.resize, channels=recipe.encoder.channels,
+                dataset, recipe.decoding,
                 progress=lambda done, total: self.study.emit(Event("progress", label, done, total)),
             )  # fmt: skip
             self.study.emit(Event("end", label))

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from medssl.datasets.dataset import Dataset, Shard
 from medssl.datasets.read import Decoding, decoded_batches
 from medssl.errors import DataError, MedsslError, RecipeError
-from medssl.images import Resize
 from medssl.mixes import Source, offsets
 
 if TYPE_CHECKING:
@@ -35,13 +34,7 @@ _PAUSE_SECONDS = 0.02
 
 
 def stream_images(
-    dataset: Dataset,
-    *,
-    decode_px: int,
-    resize: Resize,
-    splits: Sequence[str] | None = None,
-    channels: int = 3,
-    seed: int | None = None,
+    dataset: Dataset, decoding: Decoding, *, splits: Sequence[str] | None = None, seed: int | None = None
 ) -> ray.data.Dataset:
     """The images as a Ray Dataset with columns `row` (int64 row number) and `image` (uint8 (H, W, C)).
 
@@ -50,7 +43,7 @@ def stream_images(
     """
     chosen = None if splits is None else list(splits)
     source = Source(dataset.uri, len(dataset), rows=[], splits=chosen, shards=tuple(dataset.shards))
-    return stream_sources([source], Decoding(decode_px, resize, channels), seed)
+    return stream_sources([source], decoding, seed)
 
 
 def stream_sources(sources: Sequence[Source], decoding: Decoding, seed: int | None = None) -> ray.data.Dataset:

@@ -68,6 +68,17 @@ def test_grey_and_16_bit_images_from_ingest_to_features(ray_session: Any, tmp_pa
         assert np.corrcoef(seen.ravel(), expected.ravel())[0, 1] > 0.999
         assert len(np.unique(seen)) > 100
 
+    # What is calibrated keeps its scale: a value means the same in every image.
+    calibrated = Decoding(40, "squash", encoder.channels, "detector")
+    assert calibrated.digest(dataset) != decoding.digest(dataset)
+    kept = np.concatenate([b["image"] for shard in dataset.shards for b in decoded_batches(dataset.uri, shard, calibrated)])
+    deep = np.array(["12bits" in name for name in dataset.index()["image_id"]])
+    assert np.array_equal(kept[~deep], images[~deep])
+    for row in np.flatnonzero(deep):
+        number = int(str(dataset.index()["image_id"][row]).rpartition("_")[2])
+        grey = np.asarray(Image.fromarray(picture(number)).resize((40, 40), 2)).astype(float)
+        assert kept[row, :, :, 0].mean() == pytest.approx((grey.mean() * 4 + 900) * 255 / 4095, abs=1)  # 12 bits hold it
+
     batch = torch.from_numpy(images)
     view = eval_view(batch, encoder)
     assert view.shape == (12, encoder.channels, 32, 32)

@@ -15,7 +15,7 @@ from medssl.artifacts import digest_json
 from medssl.datasets.dataset import Dataset, Shard
 from medssl.errors import DataError
 from medssl.filesystem import retrying_filesystem
-from medssl.images import DECODER, Resize, decode
+from medssl.images import DECODER, Depth, Resize, decode
 
 READ_ROWS = 64
 """Rows read and decoded at a time: bounds memory whatever the size of a shard."""
@@ -28,6 +28,11 @@ class Decoding:
     decode_px: int
     resize: Resize
     channels: int = 3
+    depth: Depth = "window"
+
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """An encoded image as (decode_px, decode_px, channels) uint8; DataError says why not."""
+        return decode(data, px=self.decode_px, resize=self.resize, channels=self.channels, depth=self.depth)
 
     def digest(self, dataset: Dataset) -> str:
         """Names the decoded images of a dataset: changes with its images, with any field here and with what
@@ -78,6 +83,6 @@ def decoded_batches(
 def decode_row(row: int, data: Any, decoding: Decoding, uri: str) -> NDArray[np.uint8]:
     """One stored image -> uint8 (H, W, C); DataError, naming the row and dataset, when it cannot be decoded any more."""
     try:
-        return decode(bytes(data), px=decoding.decode_px, resize=decoding.resize, channels=decoding.channels)
+        return decoding.decode(bytes(data))
     except DataError as error:
         raise DataError(f"image {row} of {uri} cannot be decoded any more ({error}): ingest again") from None

@@ -49,6 +49,7 @@ def bench(images: int = 512) -> list[dict[str, Any]]:
 
 def _ingest_and_decode(folder: Path, table: Path, images: int, timed: Callable[..., Any]) -> Any:
     from medssl.datasets.dataset import open_dataset
+    from medssl.datasets.read import Decoding
     from medssl.rows import resident_images
     from medssl.stages.cluster import connected
     from medssl.stages.ingest import ingest
@@ -59,7 +60,7 @@ def _ingest_and_decode(folder: Path, table: Path, images: int, timed: Callable[.
         dataset = open_dataset(target)
         return timed(
             "decode", f"shards to the resident file at {DECODE_PX} px", images,
-            lambda: resident_images(dataset, decode_px=DECODE_PX, resize="squash", cache_dir=folder / "cache"),
+            lambda: resident_images(dataset, Decoding(DECODE_PX, "squash"), cache_dir=folder / "cache"),
         )  # fmt: skip
 
 

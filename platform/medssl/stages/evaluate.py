@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -222,11 +222,7 @@ def _publish(
         "features": arm.features,
         "encoder": opened.recipe.encoder_of(arm).canonical() if arm.features == "encoder" else None,
         "encoder_artifact": task.encoder if protocol.kind == "linear_probe" else None,
-        "images": {
-            "decode_px": opened.recipe.images.decode_px,
-            "resize": opened.recipe.images.resize,
-            "channels": opened.recipe.encoder.channels,
-        },
+        "images": asdict(opened.recipe.decoding),
         "classes": opened.specs.classes,
     }
     publish(

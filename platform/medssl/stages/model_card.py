@@ -157,7 +157,7 @@ def _preprocessing(facts: CardFacts) -> str:
     }
     colour = {1: "grey", 3: "RGB"}.get(params.channels, f"{params.channels} channels")
     steps = [
-        f"decoded to {colour}, 8 bits, turned as the EXIF orientation says",
+        f"decoded to {colour}, 8 bits (16 bits by `{images.depth}`), turned as the EXIF orientation says",
         f"{square[images.resize]} {images.decode_px} x {images.decode_px} pixels (bilinear, antialiased)",
         f"resized to {params.image_px} x {params.image_px} pixels (bilinear, antialiased)",
         f"divided by 255, less the mean {list(params.mean)}, divided by the standard deviation {list(params.std)}, by channel",

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from medssl.artifacts import ARTIFACTS, STUDIES, folder, read_marker
+from medssl.datasets.read import Decoding
 from medssl.errors import DataError, MissingKey, RecipeError, nearest
-from medssl.images import decode
 from medssl.networks.encoder import EncoderParams
 from medssl.store import Store, open_store
 
@@ -101,14 +101,14 @@ class Model:
     classes: list[str]
     features: str
     encoder_params: EncoderParams | None
-    decoding: dict[str, Any]
+    decoding: Decoding
     encoder: torch.nn.Module | None
     weight_KE: torch.Tensor
     bias_K: torch.Tensor
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """An encoded image as the study decoded its own: (H, W, C) uint8."""
-        return decode(data, px=self.decoding["decode_px"], resize=self.decoding["resize"], channels=self.decoding["channels"])
+        return self.decoding.decode(data)
 
     def probabilities(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Class probabilities (B, K)."""
@@ -161,7 +161,7 @@ def load_model(store: Store, name: str) -> Model:
         encoder = build_encoder(params, 0)
         load_weights(encoder, weights)
         encoder.eval()
-    return Model(facts["classes"], facts["features"], params, facts["images"], encoder, head["weight"], head["bias"])
+    return Model(facts["classes"], facts["features"], params, Decoding(**facts["images"]), encoder, head["weight"], head["bias"])
 
 
 def _find(

@@ -57,7 +57,7 @@ class Job:
     sources: list[Source]
     """What it is shown."""
     decoding: dict[str, Any]
-    """decode_px, resize and channels."""
+    """Fields of `Decoding`."""
     compute: dict[str, Any]
     initial_weights: str | None
     watched: dict[str, Any] | None = None

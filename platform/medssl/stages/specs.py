@@ -7,7 +7,7 @@ or Ray; `study.plan` and `study.run` read the same specifications.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -240,8 +240,7 @@ class Specs:
         return {}
 
     def _decoding(self) -> dict[str, Any]:
-        images = self.recipe.images
-        return {"decode_px": images.decode_px, "resize": images.resize, "channels": self.recipe.encoder.channels}
+        return asdict(self.recipe.decoding)
 
     def _network(self, arm: Arm, protocol: Protocol) -> dict[str, Any]:
         """What a fine-tuning needs to know of network and decoding; a probe has it in its features' digest."""
