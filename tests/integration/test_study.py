@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -223,7 +224,7 @@ def test_weights_go_out_and_come_in_again(place: Path, study: Path, store: Store
     done = tiny.medssl("export", "barlow_twins", "--format", "timm", "--out", str(out), "--store", str(place / "store"), "--json")
     assert json.loads(done.stdout)["path"] == str(out)
     assert "over random" in (place / "encoder.safetensors.card.md").read_text()
-    trained = tiny.recipe()["arms"][0] | {"name": "longer", "epochs": 1, "initial_weights": "encoder.safetensors"}
+    trained = tiny.recipe()["arms"][0] | {"name": "longer", "epochs": 1, "initial_weights": "encoder.safetensors", "surgery": {}}
     arms = [{"name": "given", "initial_weights": str(out)}, trained]
     path = tiny.write(place / "given.yaml", tiny.pretraining_only(study="given", arms=arms))
     (place / "store" / "encoder.safetensors").write_bytes(out.read_bytes())
@@ -238,3 +239,4 @@ def test_weights_go_out_and_come_in_again(place: Path, study: Path, store: Store
         weights, wanted = load(store.read(f"artifacts/{name}/encoder.safetensors")), load(out.read_bytes())
         assert all(weights[k].equal(wanted[k]) for k in wanted) is (arm == "given")
     (place / "store" / "encoder.safetensors").unlink()
+    assert re.search(r"layers scaled.*% in the features", json.loads(store.read(f"markers/{name}.json"))["facts"]["surgery"])

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from medssl.collectives import Process
     from medssl.training.feed import Feed
 
+_SAMPLE = 32
 _FAILURE_NOTE = "failure.json"
 _RESULT = "encoder.safetensors"
 """What later stages depend on; curves and events beside it hold rates and times, which are no content."""
@@ -229,6 +230,7 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
         keep_checkpoints=compute.keep_checkpoints,
         on_progress=post,
         initial_encoder=_read_weights(job.initial_weights),
+        sample_BHWC=_sample(job) if plan.surgery is not None else None,
         monitor=monitor,
         monitor_every_epochs=compute.monitor_every_epochs or 1,
     )  # fmt: skip
@@ -256,6 +258,17 @@ def _open_feed(job: Job, plan: PretrainPlan, process: Process) -> Feed:
         return ResidentFeed(images, numbers, plan.batch_size, plan.seed, process)
     shard = train.get_dataset_shard("train")
     return StreamFeed(shard, len(numbers), plan.batch_size, plan.seed, process, decoding)
+
+
+def _sample(job: Job) -> Any:
+    """A few of the shown images, uint8 (B, H, W, C), the same on every rank; None where images are streamed."""
+    import torch
+
+    source = job.sources[0]
+    if source.resident is None:
+        return None
+    rows = source.rows[:: max(1, len(source.rows) // _SAMPLE)][:_SAMPLE]
+    return open_resident(**source.resident).take(torch.tensor(rows))
 
 
 def _read_weights(uri: str | None) -> bytes | None:

@@ -133,6 +133,7 @@ def pretrain(
     log_every_steps: int = 10,
     on_progress: Callable[[Progress], None] | None = None,
     initial_encoder: bytes | None = None,
+    sample_BHWC: Tensor | None = None,
     monitor: Monitor | None = None,
     monitor_every_epochs: int = 1,
 ) -> PretrainResult:
@@ -140,7 +141,8 @@ def pretrain(
 
     Checkpoints are written at epoch ends and, where given, every `checkpoint_every_steps` steps (the feed must then be able
     to start within an epoch). `on_progress` is called on every rank at every logged step. A loss or gradient that is not
-    finite ends the training with that status on all ranks; it is no exception, and no checkpoint holds it. `monitor` is called
+    finite ends the training with that status on all ranks; it is no exception, and no checkpoint holds it. On `sample_BHWC`,
+    stored uint8 images, the plan's surgery measures how far it moves features. `monitor` is called
     on rank 0 with the encoder in evaluation mode after every `monitor_every_epochs` epochs and the last; what it returns goes
     to `monitor/<epoch>.json`.
     """
@@ -151,7 +153,7 @@ def pretrain(
         feed,
         process,
         output,
-        Stepper(plan, process, feed.steps_per_epoch, initial_encoder),
+        Stepper(plan, process, feed.steps_per_epoch, initial_encoder, sample_BHWC),
         CheckpointFolder(output.sub("checkpoints"), keep_checkpoints),
         History(output.sub("metrics"), process.rank, feed.steps_per_epoch),
         log_every_steps,

@@ -26,7 +26,7 @@ from medssl.training.feed import Batch
 from medssl.training.finder import RangeTest, range_test
 from medssl.training.freezing import last_block, sees_the_batch, train_part
 from medssl.training.plan import PretrainPlan
-from medssl.views import MultiViews, generator_for
+from medssl.views import MultiViews, eval_view, generator_for
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,11 @@ def _check_encoder(plan: PretrainPlan, encoder: nn.Module) -> None:
     encoder.train().requires_grad_(True)
 
 
-def build_pretraining(plan: PretrainPlan, initial_encoder: bytes | None = None) -> Pretraining:
+def build_pretraining(
+    plan: PretrainPlan, initial_encoder: bytes | None = None, sample_BHWC: Tensor | None = None
+) -> Pretraining:
     """Encoder and objective with random weights from the plan's seed; the encoder's from `initial_encoder` where given, after
-    the plan's surgery.
+    the plan's surgery, which says how far it moves the features of `sample_BHWC` (uint8).
 
     Raises RecipeError where encoder and plan do not go together.
     """
@@ -91,8 +93,9 @@ def build_pretraining(plan: PretrainPlan, initial_encoder: bytes | None = None) 
     _check_encoder(plan, encoder)
     if initial_encoder is not None:
         load_weights(encoder, initial_encoder)
-    surgery = None if plan.surgery is None else operate(encoder, plan.surgery).describe()
-    if surgery is not None:
+    surgery: str | None = None
+    if plan.surgery is not None:
+        surgery = operate(encoder, plan.surgery, None if sample_BHWC is None else eval_view(sample_BHWC, plan.encoder)).describe()
         logger.info("%s", surgery)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_for("objective", plan.seed).initial_seed())
@@ -138,12 +141,20 @@ class Stepper:
     pretraining), then what the plan says.
     """
 
-    def __init__(self, plan: PretrainPlan, process: Process, steps_per_epoch: int, initial_encoder: bytes | None = None) -> None:
+    def __init__(
+        self,
+        plan: PretrainPlan,
+        process: Process,
+        steps_per_epoch: int,
+        initial_encoder: bytes | None = None,
+        sample_BHWC: Tensor | None = None,
+    ) -> None:
+        """`initial_encoder` and `sample_BHWC` are for :func:`build_pretraining`."""
         self.plan, self.process, self.steps_per_epoch = plan, process, steps_per_epoch
         self.head_steps = plan.further.head_only_epochs * steps_per_epoch
         self.total_steps = plan.total_epochs * steps_per_epoch
         self.peak_rate = plan.optimiser.learning_rate
-        self.module = build_pretraining(plan, initial_encoder)
+        self.module = build_pretraining(plan, initial_encoder, sample_BHWC)
         if process.world > 1:
             self.module = convert_batch_norm(self.module)  # type: ignore[assignment]
         # Channels last is the fast layout of convolutions in reduced precision, on CPU as well as on GPU.
