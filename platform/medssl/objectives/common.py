@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medssl.collectives import all_gather, all_reduce, rank_index, world_size
+from medssl.networks.heads import Widths, build_head
 from medssl.params import Params
 
 P = ParamSpec("P")
@@ -92,6 +94,35 @@ class TwoViewObjective(Objective):
     def terms(self, features1_BE: Tensor, features2_BE: Tensor) -> dict[str, Tensor]:
         """(B, E) features of each view -> `loss` and its terms."""
         raise NotImplementedError
+
+
+class ContrastiveParams(MethodParams):
+    """Parameters of a contrastive loss on a projection head."""
+
+    temperature: float = Field(0.1, gt=0)
+    """Divides the cosine similarities; 0.1 for ImageNet, 0.5 is common for small data."""
+    projector: Widths = (2048, 128)
+    """Widths of the head's layers; papers 002 and 004 have two layers, SimCLRv2 three."""
+    batch_norm: bool = True
+    """Batch norm after each layer of the head."""
+
+
+class ContrastiveObjective(TwoViewObjective):
+    """A contrastive loss on a projection head."""
+
+    loss: Callable[[Tensor, Tensor, float], Tensor]
+    """Embeddings (B, D) of two views and a temperature -> the loss."""
+
+    def __init__(self, params: ContrastiveParams, feature_width: int) -> None:
+        super().__init__(params, feature_width)
+        self.temperature = params.temperature
+        self.projector = build_head(
+            feature_width, params.projector, batch_norm=params.batch_norm, last_norm="affine" if params.batch_norm else "none"
+        )
+
+    def terms(self, features1_BE: Tensor, features2_BE: Tensor) -> dict[str, Tensor]:
+        """(B, E) features of each view -> the loss."""
+        return {"loss": self.loss(self.projector(features1_BE), self.projector(features2_BE), self.temperature)}
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:

@@ -14,25 +14,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from medssl.collectives import all_reduce, world_size
-from medssl.networks.heads import Widths, build_head
-from medssl.objectives.common import MethodParams, TwoViewObjective, full_precision, pairwise_similarities
+from medssl.objectives.common import ContrastiveObjective, ContrastiveParams, full_precision, pairwise_similarities
 
 
-class DCLParams(MethodParams):
+class DCLParams(ContrastiveParams):
     """Parameters of decoupled contrastive learning (Yeh et al. 2022)."""
 
     name: Literal["dcl"] = "dcl"
     """Which objective this is."""
-    temperature: float = Field(0.1, gt=0)
-    """Divides the cosine similarities."""
-    projector: Widths = (2048, 128)
-    """Widths of the head's layers."""
-    batch_norm: bool = True
-    """Batch norm after each layer of the head."""
 
 
 @full_precision
@@ -48,18 +40,8 @@ def dcl_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return all_reduce((others.logsumexp(1) - positive).sum()) / (2 * z1.shape[0] * world_size())
 
 
-class DCL(TwoViewObjective):
+class DCL(ContrastiveObjective):
     """Decoupled contrastive learning with its projection head (SimCLR's)."""
 
     Params = DCLParams
-
-    def __init__(self, params: DCLParams, feature_width: int) -> None:
-        super().__init__(params, feature_width)
-        self.temperature = params.temperature
-        self.projector = build_head(
-            feature_width, params.projector, batch_norm=params.batch_norm, last_norm="affine" if params.batch_norm else "none"
-        )
-
-    def terms(self, features1_BE: Tensor, features2_BE: Tensor) -> dict[str, Tensor]:
-        """(B, E) features of each view -> the loss."""
-        return {"loss": dcl_loss(self.projector(features1_BE), self.projector(features2_BE), self.temperature)}
+    loss = staticmethod(dcl_loss)

@@ -15,26 +15,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from medssl.collectives import all_reduce, world_size
-from medssl.networks.heads import Widths, build_head
-from medssl.objectives.common import MethodParams, TwoViewObjective, full_precision, pairwise_similarities
+from medssl.objectives.common import ContrastiveObjective, ContrastiveParams, full_precision, pairwise_similarities
 
 
-class SimCLRParams(MethodParams):
+class SimCLRParams(ContrastiveParams):
     """Parameters of SimCLR (Chen et al. 2020)."""
 
     name: Literal["simclr"] = "simclr"
     """Which objective this is."""
-    temperature: float = Field(0.1, gt=0)
-    """Divides the cosine similarities; 0.1 for ImageNet, 0.5 is common for small data."""
-    projector: Widths = (2048, 128)
-    """Widths of the head's layers; papers 002 and 004 have two layers, SimCLRv2 three."""
-    batch_norm: bool = True
-    """Batch norm after each layer of the head."""
 
 
 @full_precision
@@ -48,18 +40,8 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return all_reduce(F.cross_entropy(logits, partner, reduction="sum")) / (2 * z1.shape[0] * world_size())
 
 
-class SimCLR(TwoViewObjective):
+class SimCLR(ContrastiveObjective):
     """SimCLR with its projection head."""
 
     Params = SimCLRParams
-
-    def __init__(self, params: SimCLRParams, feature_width: int) -> None:
-        super().__init__(params, feature_width)
-        self.temperature = params.temperature
-        self.projector = build_head(
-            feature_width, params.projector, batch_norm=params.batch_norm, last_norm="affine" if params.batch_norm else "none"
-        )
-
-    def terms(self, features1_BE: Tensor, features2_BE: Tensor) -> dict[str, Tensor]:
-        """(B, E) features of each view -> the loss."""
-        return {"loss": nt_xent_loss(self.projector(features1_BE), self.projector(features2_BE), self.temperature)}
+    loss = staticmethod(nt_xent_loss)
