@@ -155,6 +155,7 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
     assert cost() == 0 and cost("--set", "arms.0.mix.1.times=1") == 2 * (train + 60)
     report = place / "store" / "studies" / f"mix-{feeding}" / "report.md"
     assert "on 1 x the dataset (train) + 2 x more (train)" in report.read_text()
+    assert "2 images of datasets/more are validation or test images of this study too" in report.read_text()
     assert "kNN" in report.with_suffix(".html").read_text()
     out = ["--format", "timm", "--out", str(tmp_path / "e.safetensors"), "--study", f"mix-{feeding}"]
     made = tiny.medssl("export", "barlow_twins", *out, "--store", store)

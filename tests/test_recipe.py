@@ -115,6 +115,7 @@ def pretrained(**arm: Any) -> dict[str, Any]:
         ({"views": {"preset": "simclrr"}}, ["simclrr", "simclr"]),
         ({"mix": [{"times": 0}]}, ["mix.0.times", "equal to 1", "not 0"]),
         ({"mix": [{"splits": ["train"]}, {"splits": ["val", "train"]}]}, ["split 'train' of the study's dataset twice", "times"]),
+        ({"mix": [{"dataset": "datasets/d"}]}, ["datasets/d is the study's own", "leave `dataset` out"]),
         ({"mix": [{"dataset": "datasets/b", "times": 3}], "pairs": "bag"}, ["each bag once an epoch", "times 3 must be 1"]),
         ({"mix": [{}], "objective": None, "epochs": None}, ["the arm has no objective"]),
     ],

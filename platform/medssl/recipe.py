@@ -349,6 +349,8 @@ class Recipe(Params):
                 f"arm '{arm.name}': views.small_px {views.small_px} is larger than encoder.image_px {encoder.image_px}: lower it "
                 "(SwAV: 96 of 224), or set views.small_crops to 0"
             )
+        if any(part.dataset == self.dataset for part in arm.mix):
+            raise ValueError(f"arm '{arm.name}': {self.dataset} is the study's own: leave `dataset` out of that part of mix")
         if arm.pairs == "bag" and arm.mix and self.images.feeding == "streaming":
             raise ValueError(f"arm '{arm.name}': pairs of a bag from a mix need images.feeding resident")
         if arm.learning_rate_finder and self.images.feeding == "streaming":

@@ -280,7 +280,8 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
         feeding,
         hardware,
         histories,
-        monitors,
+        mix_notes,
+    monitors,
         range_tests,
         searches,
         versions,
@@ -317,7 +318,7 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
         hardware=hardware(),
         feeding=feeding(recipe.images.feeding, curves),
         same_against_same=found.same,
-        notes=found.notes,
+        notes=[*found.notes, *mix_notes(recipe.arms, study.specs)],
     )
 
 

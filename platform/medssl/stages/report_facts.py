@@ -18,7 +18,7 @@ from medssl.datasets.dataset import Dataset
 from medssl.errors import MissingKey
 from medssl.recipe import Arm, Protocol, Recipe
 from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts
-from medssl.stages.specs import TEST, VALIDATION, Spec
+from medssl.stages.specs import TEST, VALIDATION, Spec, Specs
 from medssl.store import Store
 from medssl.training.finder import RangeTest
 
@@ -186,6 +186,18 @@ def warnings(recipe: Recipe) -> list[str]:
         names = " and ".join(judged)
         return [f"images of the splits {names} were used in pretraining (without labels): scores are too good"]
     return []
+
+
+def mix_notes(arms: Iterable[Arm], specs: Specs) -> list[str]:
+    """How many images of other datasets were not shown because the study judges by them."""
+    return [
+        f"{arm.name}: {len(part.left_out):,} images of {part.dataset} are validation or test images of this study too, and were "
+        "not shown"
+        for arm in arms
+        if arm.mix
+        for part in specs.mix(arm)
+        if len(part.left_out)
+    ]
 
 
 def hardware() -> str:
