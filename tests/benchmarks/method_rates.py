@@ -89,7 +89,8 @@ def main() -> None:
             taken[name].append(seconds(step, options.steps, process.device))
     batch = next(arm.batch_size for arm in recipe.arms if arm.objective is not None)
     where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
-    print(f"{recipe.encoder.name} at {recipe.encoder.image_px} px, batch {batch}, {options.rounds} x {options.steps} steps, {where}")
+    what = f"{recipe.encoder.name} at {recipe.encoder.image_px} px, batch {batch}"
+    print(f"{what}, {options.rounds} x {options.steps} steps, {where}")
     for name, times in taken.items():
         shares = [bare / own for bare, own in zip(taken[BARE], times, strict=True)]
         rate = batch * options.steps / statistics.median(times)
