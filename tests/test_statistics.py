@@ -12,6 +12,7 @@ from scipy import stats
 
 from medssl import statistics
 from medssl.metrics import METRICS
+from medssl.statistics import nested
 
 
 def random_arm(shape: tuple[int, int, int], labels: np.ndarray, classes: int, skill: float, seed: int) -> np.ndarray:
@@ -67,9 +68,9 @@ def test_fast_scores_equal_the_metrics_module(metric: str) -> None:
     labels = rng.choice(4, size=150, p=[0.7, 0.15, 0.1, 0.05])
     arm = random_arm((2, 2, 3), labels, 4, 1.0, 5)
     groups = rng.integers(0, 90, size=150)
-    weights, patients = statistics._resample_patients(groups, 40, rng)
+    weights, patients = nested._resample_patients(groups, 40, rng)
     assert patients == len(np.unique(groups))
-    fast = statistics._scores(arm, labels, weights, metric)
+    fast = nested._scores(arm, labels, weights, metric)
     for p, d, s, r in itertools.product(range(2), range(2), range(3), range(0, 41, 8)):
         naive = METRICS[metric](arm[p, d, s], labels, weights[:, r].astype(float))
         # AUC's resamples are to first order (DeLong); the sample itself is exact.
@@ -82,8 +83,8 @@ def test_auc_error_agrees_with_exact_resampling() -> None:
     rng = np.random.default_rng(1)
     labels = rng.choice(3, size=300, p=[0.8, 0.15, 0.05])
     arm = random_arm((1, 1, 1), labels, 3, 1.0, 7)
-    weights, _ = statistics._resample_patients(np.arange(300), 600, rng)
-    fast = statistics._scores(arm, labels, weights, "auc")[0, 0, 0, 1:]
+    weights, _ = nested._resample_patients(np.arange(300), 600, rng)
+    fast = nested._scores(arm, labels, weights, "auc")[0, 0, 0, 1:]
     exact = [METRICS["auc"](arm[0, 0, 0], labels, w.astype(float)) for w in weights.T[1:]]
     assert np.std(fast) == pytest.approx(np.std(exact), rel=0.05)
     assert np.corrcoef(fast, exact)[0, 1] > 0.98

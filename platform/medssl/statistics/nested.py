@@ -1,9 +1,4 @@
-"""Is one arm better than another? Intervals that vary everything a repeat could vary, and the papers' test beside them.
-
-A study repeats at several levels: P pretraining seeds (of each arm), D draws of the labelled images (the same draws for
-all arms), S head seeds (within each pretraining seed and draw), and N test images of a sample of patients. Over head
-seeds alone nearly every difference is significant, even between two random encoders (`aa_summary` shows it on one's own
-data), so a claim about a method rests on `nested_bootstrap`.
+"""The nested bootstrap: an interval for the difference of two arms that varies everything a repeat could vary.
 
 Shapes: P pretraining seeds, D label draws, S head seeds, M = P*D*S models, N images, K classes, R bootstrap replicates.
 """
@@ -12,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
 
 from medssl.metrics import COUNT_METRICS, METRICS, Counts, Float, Int
@@ -48,61 +41,6 @@ class BootstrapResult:
     """Share of the squared standard error by kind of repeat, each on its own (they need not sum to it)."""
     notes: tuple[str, ...]
     """What the interval does not cover, in words."""
-
-
-@dataclass(frozen=True)
-class WelchResult:
-    """Welch's t test of two sets of runs. Over head seeds it says nothing about the method, only about these encoders."""
-
-    difference: float
-    low: float
-    """95% interval of the difference, two-sided whatever `p` is."""
-    high: float
-    t: float
-    degrees_of_freedom: float
-    p: float
-    """Two-sided, or of "first greater than second" when asked one-sided."""
-    n: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class KindOfRepeat:
-    """How much one kind of repeat moves the score."""
-
-    n: int
-    std: float
-    """Standard deviation (n - 1) of the means over this kind; within the cells for head seeds. NaN for n = 1."""
-    component: float
-    """The same without what the other kinds leave in those means (analysis of variance, at least 0). NaN for n = 1."""
-
-
-@dataclass(frozen=True)
-class RepeatSummary:
-    """Mean of a score over all runs of an arm, and its spread over each kind of repeat."""
-
-    mean: float
-    std: float
-    """Standard deviation (n - 1) over all runs taken together."""
-    pretraining_seed: KindOfRepeat
-    label_draw: KindOfRepeat
-    head_seed: KindOfRepeat
-
-
-@dataclass(frozen=True)
-class AASummary:
-    """An arm against itself: how often the test over head seeds finds a difference where there is none."""
-
-    metric: str
-    pairs: int
-    """Pairs of pretraining seeds, within each label draw."""
-    share_significant: float
-    """Share of them with p < `threshold` in Welch's test over head seeds. NaN without a pair."""
-    threshold: float
-    example_seeds: tuple[int, int] | None
-    """Positions of the pretraining seeds of the first pair; None without one."""
-    example: WelchResult | None
-    nested: BootstrapResult | None
-    """The arm's first half of pretraining seeds against its second half, by the nested bootstrap."""
 
 
 def nested_bootstrap(
@@ -180,88 +118,6 @@ def run_scores(probabilities_PDSNK: Float, labels_N: Int, metric: str) -> Float:
     _check(probabilities_PDSNK, labels_N, metric)
     ones_N1 = np.ones((len(labels_N), 1), np.float32)
     return _scores(probabilities_PDSNK, labels_N, ones_N1, metric)[..., 0]
-
-
-def welch(first: ArrayLike, second: ArrayLike, *, one_sided: bool = False) -> WelchResult:
-    """Welch's t test of two samples of scores; one-sided tests "first is greater"."""
-    a, b = np.asarray(first, np.float64).ravel(), np.asarray(second, np.float64).ravel()
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"Welch's test needs two runs on each side: there are {len(a)} and {len(b)}")
-    return welch_from_summary((a.mean(), a.std(ddof=1), len(a)), (b.mean(), b.std(ddof=1), len(b)), one_sided=one_sided)
-
-
-def welch_from_summary(
-    first: tuple[float, float, int], second: tuple[float, float, int], *, one_sided: bool = False
-) -> WelchResult:
-    """Welch's t test from (mean, standard deviation with n - 1, n), as printed in the papers' tables."""
-    difference = float(first[0] - second[0])
-    squares = [std**2 / n for _, std, n in (first, second)]
-    sizes = (first[2], second[2])
-    if sum(squares) == 0:
-        p = 1.0 if difference == 0 or (one_sided and difference < 0) else 0.0
-        t = float(np.copysign(np.inf, difference)) if difference else 0.0
-        return WelchResult(difference, difference, difference, t, float("nan"), p, sizes)
-    freedom = sum(squares) ** 2 / sum(v**2 / (n - 1) for v, n in zip(squares, sizes, strict=True))
-    reach = float(stats.t.ppf(0.975, freedom)) * float(np.sqrt(sum(squares)))
-    alternative: Literal["greater", "two-sided"] = "greater" if one_sided else "two-sided"
-    test = stats.ttest_ind_from_stats(*first, *second, equal_var=False, alternative=alternative)
-    t, p = float(test.statistic), float(test.pvalue)
-    return WelchResult(difference, difference - reach, difference + reach, t, float(freedom), p, sizes)
-
-
-def summarise(scores_PDS: Float) -> RepeatSummary:
-    """Mean and spread of one arm's scores over each kind of repeat.
-
-    The components come from the analysis of variance of y = mean + seed + draw + (seed x draw) + head: the mean square
-    of a kind less that of the level below it, over the number of runs behind each mean.
-    """
-    p, d, s = scores_PDS.shape
-    cells_PD = scores_PDS.mean(axis=2)
-    seeds_P, draws_D, mean = cells_PD.mean(axis=1), cells_PD.mean(axis=0), float(scores_PDS.mean())
-    head = float(scores_PDS.var(axis=2, ddof=1).mean()) if s > 1 else float("nan")
-    crossed_PD = cells_PD - seeds_P[:, None] - draws_D[None, :] + mean
-    if p > 1 and d > 1:
-        below = float((crossed_PD**2).sum() / ((p - 1) * (d - 1)))
-    else:  # the interaction cannot be told from the level itself: only head seeds are taken off
-        below = 0.0 if np.isnan(head) else head / s
-    return RepeatSummary(
-        mean=mean,
-        std=_std(scores_PDS.ravel()),
-        pretraining_seed=KindOfRepeat(p, _std(seeds_P), _component(seeds_P, below / d)),
-        label_draw=KindOfRepeat(d, _std(draws_D), _component(draws_D, below / p)),
-        head_seed=KindOfRepeat(s, float(np.sqrt(head)), float(np.sqrt(head))),
-    )
-
-
-def aa_summary(
-    probabilities_PDSNK: Float,
-    labels_N: Int,
-    patients_N: Sequence[object] | NDArray[np.generic],
-    *,
-    metric: str = "balanced_accuracy",
-    threshold: float = 0.01,
-    replicates: int = 2000,
-    seed: int = 0,
-) -> AASummary:
-    """An arm against itself: Welch over head seeds for each pair of pretraining seeds, and the nested bootstrap of
-    halves.
-    """
-    scores_PDS = run_scores(probabilities_PDSNK, labels_N, metric)
-    p, d, s = scores_PDS.shape
-    tests = [((i, j), welch(scores_PDS[i, k], scores_PDS[j, k])) for i, j in combinations(range(p), 2) for k in range(d) if s > 1]
-    nested = None
-    if p > 1:
-        halves = probabilities_PDSNK[: p // 2], probabilities_PDSNK[p // 2 :]
-        nested = nested_bootstrap(*halves, labels_N, patients_N, metric=metric, replicates=replicates, seed=seed)
-    return AASummary(
-        metric=metric,
-        pairs=len(tests),
-        share_significant=float(np.mean([test.p < threshold for _, test in tests])) if tests else float("nan"),
-        threshold=threshold,
-        example_seeds=tests[0][0] if tests else None,
-        example=tests[0][1] if tests else None,
-        nested=nested,
-    )
 
 
 def _resample(replicates: int, units: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -393,15 +249,6 @@ def _notes(first: tuple[int, ...], second: tuple[int, ...], patients: int) -> tu
 
 def _variance_of_mean(values: Float) -> float:
     return float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
-
-
-def _std(values: Float) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else float("nan")
-
-
-def _component(means: Float, below: float) -> float:
-    """Standard deviation of a kind's own effect: the variance of its means less what the level below leaves in them."""
-    return float(np.sqrt(max(float(means.var(ddof=1)) - below, 0.0))) if len(means) > 1 else float("nan")
 
 
 def _check(probabilities_PDSNK: Float, labels_N: Int, metric: str) -> None:
