@@ -262,6 +262,22 @@ def test_every_test_is_listed_once(data: ReportData, files: dict[str, bytes]) ->
     assert sorted((r[0], r[1], r[3], r[4], r[6]) for r in table[1:]) == wanted
 
 
+def test_scores_of_the_validation_split_are_called_so(data: ReportData) -> None:
+    facts = data.datasets[0]
+    named = {"validation": "val"}
+    counts = {named.get(split, split): number for split, number in facts.counts.items()}
+    groups = {named.get(split, split): number for split, number in facts.groups.items()}
+    closed = dataclasses.replace(
+        data, split="val", datasets=[dataclasses.replace(facts, counts=counts, groups=groups)], notes=[]
+    )  # fmt: skip
+    text = render(closed)["report.md"].decode()
+    assert f"{sum(counts['val'].values()):,} validation images of {groups['val']:,} patients" in text
+    assert "were chosen on these images too, so the scores are a little too good" in text
+    assert "Comparisons on the validation split" in text and "linear probe, validation split" in text
+    assert "test split" not in text and "test image" not in text
+    assert "chosen on other images" in render(data)["report.md"].decode()
+
+
 def test_plain_words_follow_the_interval(data: ReportData, files: dict[str, bytes]) -> None:
     for text in (Reader(files["report.html"].decode()).text, files["report.md"].decode()):
         assert "barlow_twins is better than random (linear probe)." in text
