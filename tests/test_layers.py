@@ -14,7 +14,7 @@ PACKAGE = SOURCE / "medssl"
 
 LEVELS = {
     0: "errors events params retry store s3 s3_client s3_errors filesystem leases artifacts images metadata views"
-    " collectives optim metrics statistics telemetry networks probes datasets",
+    " collectives optim metrics calibration statistics telemetry networks probes datasets",
     1: "objectives checkpoint training",
     2: "recipe recipe_file mixes streams rows bag_rows",
     3: "stages",

@@ -1,0 +1,128 @@
+"""Can the probabilities be believed, and what would acting on them be worth: reliability, temperature, prior, net benefit.
+
+Shapes: N images, K classes, B bins, T thresholds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, special
+
+from medssl.metrics import Float, Int
+
+_SMALLEST = 1e-12
+"""Probabilities below this are taken for it where a logarithm is taken."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often predictions of a confidence are right, by bins of confidence; bins without an image are left out."""
+
+    confidence_B: NDArray[np.float64]
+    """Mean probability of the predicted class."""
+    accuracy_B: NDArray[np.float64]
+    images_B: NDArray[np.int64]
+
+    @property
+    def expected_error(self) -> float:
+        """Expected calibration error (Guo et al. 2017): the mean over images of |accuracy - confidence| of their bin."""
+        gaps_B = np.abs(self.accuracy_B - self.confidence_B)
+        return float((gaps_B * self.images_B).sum() / self.images_B.sum())
+
+
+def reliability(probabilities_NK: Float, labels_N: Int, bins: int = 15) -> Reliability:
+    """Confidence and accuracy in bins of equal width between 0 and 1, open below as in Guo et al. 2017.
+
+    Raises:
+        ValueError: no image, or fewer than one bin.
+    """
+    if bins < 1 or not len(labels_N):
+        raise ValueError(f"{bins} bins and {len(labels_N)} images: one of each is needed")
+    confidence_N = probabilities_NK.max(axis=1).astype(np.float64)
+    right_N = probabilities_NK.argmax(axis=1) == labels_N
+    bin_N = np.clip(np.ceil(confidence_N * bins).astype(np.int64) - 1, 0, bins - 1)
+    images = np.bincount(bin_N, minlength=bins)
+    there = images > 0
+    return Reliability(
+        (np.bincount(bin_N, confidence_N, bins)[there] / images[there]),
+        (np.bincount(bin_N, right_N, bins)[there] / images[there]),
+        images[there],
+    )
+
+
+def fit_temperature(probabilities_NK: Float, labels_N: Int) -> float:
+    """The temperature that makes these labels most likely (Guo et al. 2017); above 1 where predictions are too sure.
+
+    To be fitted on validation images and applied to others (:func:`apply_temperature`): the predicted classes stay.
+    Between 0.01 and 100.
+    """
+    logits_NK = np.log(np.maximum(probabilities_NK.astype(np.float64), _SMALLEST))
+
+    def loss(log_temperature: float) -> float:
+        scaled_NK = logits_NK / np.exp(log_temperature)
+        return float((special.logsumexp(scaled_NK, axis=1) - scaled_NK[np.arange(len(labels_N)), labels_N]).mean())
+
+    found = optimize.minimize_scalar(loss, bounds=(np.log(0.01), np.log(100)), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
+
+
+def apply_temperature(probabilities_NK: Float, temperature: float) -> NDArray[np.float64]:
+    """Probabilities (N, K) with their logarithms divided by `temperature`; ValueError unless that is above 0."""
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}: it must be above 0")
+    logits_NK = np.log(np.maximum(probabilities_NK.astype(np.float64), _SMALLEST)) / temperature
+    scaled: NDArray[np.float64] = special.softmax(logits_NK, axis=1)
+    return scaled
+
+
+def change_prior(probabilities_NK: Float, prior_K: Float, new_prior_K: Float) -> NDArray[np.float64]:
+    """Probabilities (N, K) for a place where the classes are as frequent as `new_prior_K`, by Bayes' rule.
+
+    Right where images of a class look alike in both places (label shift; Saerens et al. 2002).
+
+    Args:
+        prior_K: frequencies that the classifier was trained with; what class weights made of them, where it had weights.
+        new_prior_K: frequencies there; either may be counts.
+
+    Raises:
+        ValueError: a frequency is negative, or one of the trained ones is 0.
+    """
+    prior, new = np.asarray(prior_K, np.float64), np.asarray(new_prior_K, np.float64)
+    if prior.min() <= 0 or new.min() < 0 or new.sum() == 0:
+        raise ValueError(f"priors {prior.tolist()} and {new.tolist()}: trained ones above 0, new ones 0 or more and not all 0")
+    weighted_NK = probabilities_NK.astype(np.float64) * (new / new.sum()) / (prior / prior.sum())
+    total_N1 = weighted_NK.sum(axis=1, keepdims=True)
+    if (total_N1 == 0).any():
+        raise ValueError("an image has probability 0 for every class that the new prior allows")
+    changed: NDArray[np.float64] = weighted_NK / total_N1
+    return changed
+
+
+@dataclass(frozen=True)
+class DecisionCurve:
+    """Net benefit of acting on a probability (Vickers & Elkin 2006), in true positives per image."""
+
+    thresholds_T: NDArray[np.float64]
+    model_T: NDArray[np.float64]
+    """Acting where the probability is the threshold or more."""
+    all_T: NDArray[np.float64]
+    """Acting on everyone; acting on nobody is 0."""
+
+
+def decision_curve(probability_N: Float, positive_N: NDArray[np.bool_], thresholds_T: Float) -> DecisionCurve:
+    """Net benefit at each threshold: true positives less false positives times the odds of the threshold, over N.
+
+    Raises:
+        ValueError: a threshold that is not between 0 and 1, or no image.
+    """
+    thresholds = np.asarray(thresholds_T, np.float64)
+    if thresholds.min() <= 0 or thresholds.max() >= 1 or not len(positive_N):
+        raise ValueError(f"thresholds lie in {thresholds.min()} to {thresholds.max()}: between 0 and 1, for one image or more")
+    odds_T = thresholds / (1 - thresholds)
+    acted_TN = probability_N[None, :] >= thresholds[:, None]
+    hits_T, alarms_T = (acted_TN & positive_N).mean(axis=1), (acted_TN & ~positive_N).mean(axis=1)
+    share = float(np.mean(positive_N))
+    return DecisionCurve(thresholds, hits_T - alarms_T * odds_T, share - (1 - share) * odds_T)
