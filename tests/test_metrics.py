@@ -110,3 +110,53 @@ def test_unusable_input_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         metrics.accuracy(probabilities, labels, weights)
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_average_precision_and_sensitivity_equal_scikit_learn(seed: int) -> None:
+    probabilities, labels, weights = random_case(seed)
+    precision = metrics.average_precision_per_class(probabilities, labels, weights)
+    sensitivity = metrics.sensitivity_at_specificity(probabilities, labels, weights, specificity=0.8)
+    kept = np.ones(len(labels), bool) if weights is None else weights > 0
+    sample_weight = None if weights is None else weights[kept]
+    for k in range(probabilities.shape[1]):
+        truth, scores = labels[kept] == k, probabilities[kept, k]
+        if not truth.any():
+            assert np.isnan(precision[k]) and np.isnan(sensitivity[k])
+            continue
+        expected = sklearn_metrics.average_precision_score(truth, scores, sample_weight=sample_weight)
+        assert precision[k] == pytest.approx(expected, abs=1e-9)
+        if truth.all():
+            assert np.isnan(sensitivity[k])
+            continue
+        fpr, tpr, _ = sklearn_metrics.roc_curve(truth, scores, sample_weight=sample_weight, drop_intermediate=False)
+        assert sensitivity[k] == pytest.approx(tpr[fpr <= 0.2 + 1e-12].max(), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_class_scores_equal_scikit_learn(seed: int) -> None:
+    probabilities, labels, weights = random_case(seed)
+    found = metrics.class_scores(metrics.counts(probabilities, labels, weights))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        precision, recall, f1, _ = sklearn_metrics.precision_recall_fscore_support(
+            labels, probabilities.argmax(axis=1),
+            labels=range(probabilities.shape[1]), sample_weight=weights, zero_division=np.nan,
+        )
+    np.testing.assert_allclose(found.precision, precision, atol=1e-9)
+    np.testing.assert_allclose(found.recall, recall, atol=1e-9)
+    defined = ~np.isnan(f1)
+    np.testing.assert_allclose(found.f1[defined], f1[defined], atol=1e-9)
+    ones = np.ones(len(labels)) if weights is None else weights
+    np.testing.assert_allclose(found.support, np.bincount(labels, ones, probabilities.shape[1]))
+
+
+def test_patients_are_scored_by_the_mean_of_their_images() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.7, 0.3], [0.1, 0.9]])
+    means, labels = metrics.per_patient(probabilities, np.array([0, 1, 0, 1, 1]), ["a", None, "a", None, "b"])
+    np.testing.assert_allclose(means, [[0.65, 0.35], [0.2, 0.8], [0.7, 0.3], [0.1, 0.9]])
+    assert labels.tolist() == [0, 1, 1, 1]
+    with pytest.raises(ValueError, match="patient 'a' has images of two classes"):
+        metrics.per_patient(probabilities, np.array([0, 1, 1, 1, 1]), ["a", None, "a", None, "b"])
+    with pytest.raises(ValueError, match="specificity is 2"):
+        metrics.sensitivity_at_specificity(probabilities, np.array([0, 1, 0, 1, 1]), specificity=2)

@@ -9,7 +9,7 @@ that `medssl.statistics` can score thousands of resamples from one matrix produc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,6 +117,86 @@ def roc_auc_ovr(probabilities_NK: Float, labels_N: Int, weights_N: Float | None 
     return float(areas_K[known].mean()) if known.any() else float("nan")
 
 
+def average_precision_per_class(probabilities_NK: Float, labels_N: Int, weights_N: Float | None = None) -> Float:
+    """Average precision of each class against the rest, (K,): precision at each probability, weighted by the recall gained
+    there, without interpolation (scikit-learn's). NaN for a class without images.
+    """
+    classes = _check(probabilities_NK, labels_N, weights_N)
+    weights = np.ones(len(labels_N)) if weights_N is None else weights_N.astype(np.float64)
+    areas = []
+    for k in range(classes):
+        positive, negative = _descending(probabilities_NK[:, k], labels_N == k, weights)
+        precision = _divide(positive, positive + negative, empty=1.0)
+        gained = np.diff(positive, prepend=0.0)
+        areas.append(float((precision * gained).sum() / positive[-1]) if positive[-1] > 0 else float("nan"))
+    return np.array(areas)
+
+
+def sensitivity_at_specificity(
+    probabilities_NK: Float, labels_N: Int, weights_N: Float | None = None, *, specificity: float = 0.95
+) -> Float:
+    """The largest sensitivity that each class reaches against the rest at this specificity or more, (K,).
+
+    A threshold is a probability that occurs; between two of them nothing is interpolated. NaN for a class without images on
+    one side. ValueError for a specificity outside 0 to 1.
+    """
+    if not 0 <= specificity <= 1:
+        raise ValueError(f"specificity is {specificity}: it lies between 0 and 1")
+    classes = _check(probabilities_NK, labels_N, weights_N)
+    weights = np.ones(len(labels_N)) if weights_N is None else weights_N.astype(np.float64)
+    found = []
+    for k in range(classes):
+        positive, negative = (np.concatenate([[0.0], c]) for c in _descending(probabilities_NK[:, k], labels_N == k, weights))
+        if positive[-1] == 0 or negative[-1] == 0:
+            found.append(float("nan"))
+            continue
+        allowed = 1 - negative / negative[-1] >= specificity - 1e-12  # of a specificity that is met exactly
+        found.append(float(positive[allowed].max() / positive[-1]))
+    return np.array(found)
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Scores of each class, all (K,); NaN where they are not defined."""
+
+    precision: Float
+    recall: Float
+    f1: Float
+    support: Float
+
+
+def class_scores(counts: Counts) -> ClassScores:
+    """Precision (NaN for a class that was never predicted), recall (NaN for one without images), F1 (0 for both), support."""
+    return ClassScores(
+        _divide(counts.hits, counts.predicted, empty=np.nan),
+        _divide(counts.hits, counts.support, empty=np.nan),
+        _f1(counts),
+        np.asarray(counts.support, np.float64),
+    )
+
+
+def per_patient(
+    probabilities_NK: Float, labels_N: Int, patients_N: Sequence[object]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Mean probabilities and the label of each patient (or bag), in order of appearance; None is a patient of its own.
+
+    Raises:
+        ValueError: the images of a patient have different labels.
+    """
+    _check(probabilities_NK, labels_N, None)
+    numbers: dict[object, int] = {}
+    group_N = np.array([numbers.setdefault(n if p is None else (p,), len(numbers)) for n, p in enumerate(patients_N)])
+    images_G = np.bincount(group_N)
+    sums_GK = np.zeros((len(images_G), probabilities_NK.shape[1]))
+    np.add.at(sums_GK, group_N, probabilities_NK)
+    label_G = np.full(len(images_G), -1, np.int64)
+    label_G[group_N] = labels_N
+    torn = np.flatnonzero(label_G[group_N] != labels_N)
+    if len(torn):
+        raise ValueError(f"patient {patients_N[int(torn[0])]!r} has images of two classes: score images, or another grouping")
+    return sums_GK / images_G[:, None], label_G
+
+
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "balanced_accuracy": balanced_accuracy,
@@ -146,6 +226,14 @@ def _roc_auc(scores_N: Float, positive_N: NDArray[np.bool_], weights_N: Float) -
     pairs = positive.sum() * negative.sum()
     won = (positive * (np.cumsum(negative) - negative / 2)).sum()
     return float(won / pairs) if pairs > 0 else float("nan")
+
+
+def _descending(scores_N: Float, positive_N: NDArray[np.bool_], weights_N: Float) -> tuple[Float, Float]:
+    """Weight of positives and of negatives at or above each score that occurs, from the largest score down."""
+    order = np.argsort(-scores_N, kind="stable")
+    ordered_N = scores_N[order]
+    ends = np.flatnonzero(np.concatenate([ordered_N[1:] != ordered_N[:-1], [True]]))
+    return np.cumsum(weights_N[order] * positive_N[order])[ends], np.cumsum(weights_N[order] * ~positive_N[order])[ends]
 
 
 def _divide(numerator: Float, denominator: Float, *, empty: float) -> Float:
