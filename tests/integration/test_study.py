@@ -221,7 +221,8 @@ def test_weights_go_out_and_come_in_again(place: Path, study: Path, store: Store
     from safetensors.torch import load
 
     out = place / "encoder.safetensors"
-    done = tiny.medssl("export", "barlow_twins", "--format", "timm", "--out", str(out), "--store", str(place / "store"), "--json")
+    which = ["barlow_twins", "--study", "tiny", "--format", "timm"]
+    done = tiny.medssl("export", *which, "--out", str(out), "--store", str(place / "store"), "--json")
     assert json.loads(done.stdout)["path"] == str(out)
     assert "over random" in (place / "encoder.safetensors.card.md").read_text()
     trained = tiny.recipe()["arms"][0] | {"name": "longer", "epochs": 1, "initial_weights": "encoder.safetensors", "surgery": {}}
