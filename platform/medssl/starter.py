@@ -104,8 +104,8 @@ def starter_recipe(uri: str, file: str = "study.yaml") -> str:
         uri=dataset.uri, quoted=json.dumps(dataset.uri), file=file,
         description=json.dumps(f"Barlow Twins against random weights and colour statistics on {dataset.name}."),
         name=_slug(dataset.name), images=images, labelled=labelled[TRAIN],
-        classes=len(dataset.classes), test=labelled[TEST], epochs=max(10, min(200, 30_000 // images)), batch=batch,
-        draws=1 if every else 3, labels="null" if every else _LARGEST_DRAW, workers=1,
+        classes=len(dataset.classes), test=labelled[TEST], epochs=max(10, min(200, 20_000 // images)), batch=batch,
+        draws=1 if every else 3, labels="null" if every else _LARGEST_DRAW, workers=2,
     )  # fmt: skip
 
 
