@@ -263,6 +263,8 @@ class Compute(Params):
     """CPU cores of a search or evaluation trial."""
     concurrent_trials: int | None = Field(None, ge=1)
     """Trials at once; null fills the machine's cores."""
+    checkpoint_every_epochs: int = Field(1, ge=1)
+    """Checkpoints at the end of every so many epochs and of the last; more than 1 where an epoch takes seconds."""
     checkpoint_every_steps: int | None = Field(None, ge=1)
     """Further checkpoints between epoch ends (resident feeding); null none."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -11,6 +11,8 @@ from medssl.stages.specs import TEST, TRAIN, VALIDATION
 
 _LARGEST_DRAW = 1000
 _LARGEST_BATCH = 128
+_STEPS_BETWEEN_CHECKPOINTS = 100
+"""A checkpoint takes about as long as a few steps."""
 
 _TEMPLATE = """\
 # A first study on {uri}: does pretraining on the unlabelled images help, and is that more than chance?
@@ -75,6 +77,7 @@ comparisons:
 
 compute:                   # where it runs; changes no result
   workers: {workers}
+  checkpoint_every_epochs: {checkpoints}
   gpus_per_worker: 0       # 1 on a machine with GPUs
 """
 
@@ -106,6 +109,7 @@ def starter_recipe(uri: str, file: str = "study.yaml") -> str:
         name=_slug(dataset.name), images=images, labelled=labelled[TRAIN],
         classes=len(dataset.classes), test=labelled[TEST], epochs=max(10, min(200, 20_000 // images)), batch=batch,
         draws=1 if every else 3, labels="null" if every else _LARGEST_DRAW, workers=2,
+        checkpoints=-(-_STEPS_BETWEEN_CHECKPOINTS * batch // images),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,21 @@ def test_what_a_finished_training_leaves(tmp_path: Path) -> None:
     before = output.read("encoder.safetensors")
     again = pretrain(plan(), feed, CPU, output, on_progress=lambda _: pytest.fail("trained again"))
     assert again.step == total and output.read("encoder.safetensors") == before
+
+
+def test_checkpoints_every_so_many_epochs_and_after_the_last(tmp_path: Path) -> None:
+    feed, measured = ResidentFeed(resident(tmp_path), range(36), BATCH, 3, CPU), []
+    output = open_store(str(tmp_path / "out"), create=True)
+
+    def monitor(encoder: torch.nn.Module) -> dict[str, float]:
+        measured.append(CheckpointFolder(output.sub("checkpoints"), 9).latest())
+        return {}
+
+    options: dict[str, Any] = {"keep_checkpoints": 9, "checkpoint_every_epochs": 2, "monitor": monitor}
+    pretrain(plan(epochs=5), feed, CPU, output, **options)
+    kept = [entry.key for entry in output.list("checkpoints/") if entry.key.endswith(".json")]
+    assert [int(re.findall(r"\d+", key)[0]) for key in kept] == [2 * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH, 5 * STEPS_PER_EPOCH]
+    assert measured == [None, None, 6, 6, 12]  # the monitor keeps to its own epochs
 
 
 def test_a_collapse_is_said_in_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

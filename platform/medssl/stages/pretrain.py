@@ -226,6 +226,7 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
 
     result = pretrain(
         plan, feed, process, output,
+        checkpoint_every_epochs=compute.checkpoint_every_epochs,
         checkpoint_every_steps=None if isinstance(feed, StreamFeed) else compute.checkpoint_every_steps,
         keep_checkpoints=compute.keep_checkpoints,
         on_progress=post,

@@ -104,6 +104,7 @@ class _Run:
     checkpoints: CheckpointFolder
     history: History
     log_every_steps: int
+    checkpoint_every_epochs: int
     checkpoint_every_steps: int | None
     on_progress: Callable[[Progress], None] | None
     first_bad: Tensor
@@ -128,6 +129,7 @@ def pretrain(
     process: Process,
     output: Store,
     *,
+    checkpoint_every_epochs: int = 1,
     checkpoint_every_steps: int | None = None,
     keep_checkpoints: int = 2,
     log_every_steps: int = 10,
@@ -139,12 +141,12 @@ def pretrain(
 ) -> PretrainResult:
     """Trains as `plan` says, going on from the last checkpoint in `output`; every rank calls it alike.
 
-    Checkpoints are written at epoch ends and, where given, every `checkpoint_every_steps` steps (the feed must then be able
-    to start within an epoch). `on_progress` is called on every rank at every logged step. A loss or gradient that is not
-    finite ends the training with that status on all ranks; it is no exception, and no checkpoint holds it. On `sample_BHWC`,
-    stored uint8 images, the plan's surgery measures how far it moves features. `monitor` is called
-    on rank 0 with the encoder in evaluation mode after every `monitor_every_epochs` epochs and the last; what it returns goes
-    to `monitor/<epoch>.json`.
+    Checkpoints are written at the end of every `checkpoint_every_epochs` epochs and of the last and, where given, every
+    `checkpoint_every_steps` steps (the feed must then be able to start within an epoch). `on_progress` is called on every
+    rank at every logged step. A loss or gradient that is not finite ends the training with that status on all ranks; it is
+    no exception, and no checkpoint holds it. On `sample_BHWC`, stored uint8 images, the plan's surgery measures how far it
+    moves features. `monitor` is called on rank 0 with the encoder in evaluation mode after every `monitor_every_epochs`
+    epochs and the last; what it returns goes to `monitor/<epoch>.json`.
     """
     if feed.batch_size != plan.batch_size:
         raise ValueError(f"the feed gives batches of {feed.batch_size}, the plan wants {plan.batch_size}")
@@ -157,6 +159,7 @@ def pretrain(
         CheckpointFolder(output.sub("checkpoints"), keep_checkpoints),
         History(output.sub("metrics"), process.rank, feed.steps_per_epoch),
         log_every_steps,
+        checkpoint_every_epochs,
         checkpoint_every_steps,
         on_progress,
         torch.zeros((), dtype=torch.int64, device=process.device),
@@ -169,9 +172,9 @@ def pretrain(
             return _non_finite(run, bad_step)
         if _log_due(run):
             _log(run)
+        if monitor is not None:
+            _monitor(run, monitor, monitor_every_epochs)
         if _checkpoint_due(run):
-            if monitor is not None:
-                _monitor(run, monitor, monitor_every_epochs)
             _save_checkpoint(run)
     return _finish(run)
 
@@ -247,7 +250,9 @@ def _log_due(run: _Run) -> bool:
 
 def _checkpoint_due(run: _Run) -> bool:
     every = run.checkpoint_every_steps
-    return run.done % run.feed.steps_per_epoch == 0 or (every is not None and run.done % every == 0)
+    epoch, rest = divmod(run.done, run.feed.steps_per_epoch)
+    at_epoch_end = rest == 0 and (epoch % run.checkpoint_every_epochs == 0 or epoch == run.plan.total_epochs)
+    return at_epoch_end or (every is not None and run.done % every == 0)
 
 
 def _start_window(run: _Run) -> None:
@@ -312,7 +317,7 @@ def _save_checkpoint(run: _Run) -> None:
 
 
 def _monitor(run: _Run, monitor: Monitor, every_epochs: int) -> None:
-    """At the end of an epoch, on rank 0; the others wait at the checkpoint. A resumed run writes the same again."""
+    """At the end of an epoch, on rank 0; the others wait in the next collective. A resumed run writes the same again."""
     epoch, rest = divmod(run.done, run.feed.steps_per_epoch)
     if rest or not run.process.is_main or (epoch % every_epochs and epoch != run.plan.total_epochs):
         return
