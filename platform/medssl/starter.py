@@ -76,7 +76,8 @@ comparisons:
   - {{better: barlow_twins, than: random, protocol: fine_tune}}
 
 compute:                   # where it runs; changes no result
-  workers: {workers}
+  workers: {workers}               # more share a batch, which pays for large ones
+  cpus_per_worker: 2
   checkpoint_every_epochs: {checkpoints}
   gpus_per_worker: 0       # 1 on a machine with GPUs
 """
@@ -108,7 +109,7 @@ def starter_recipe(uri: str, file: str = "study.yaml") -> str:
         description=json.dumps(f"Barlow Twins against random weights and colour statistics on {dataset.name}."),
         name=_slug(dataset.name), images=images, labelled=labelled[TRAIN],
         classes=len(dataset.classes), test=labelled[TEST], epochs=max(10, min(200, 20_000 // images)), batch=batch,
-        draws=1 if every else 3, labels="null" if every else _LARGEST_DRAW, workers=2,
+        draws=1 if every else 3, labels="null" if every else _LARGEST_DRAW, workers=1,
         checkpoints=-(-_STEPS_BETWEEN_CHECKPOINTS * batch // images),
     )  # fmt: skip
 
