@@ -169,11 +169,13 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
     ("part_of_mix", "words"),
     [
         ({"dataset": "datasets/none"}, ["no dataset", "datasets/none", "medssl ingest"]),
+        ({"dataset": "file://{store}/datasets/lesions"}, ["the study's own dataset", "leave `dataset` out"]),
         ({"dataset": "datasets/more", "splits": ["val"]}, ["no images in split 'val'", "its splits: train"]),
     ],
 )
 def test_a_mix_that_is_not_there_is_one_line(place: Path, tmp_path: Path, part_of_mix: dict[str, Any], words: list[str]) -> None:
-    fields = tiny.pretraining_only()
+    fields, store = tiny.pretraining_only(), str(place / "store")
+    part_of_mix = part_of_mix | {"dataset": part_of_mix["dataset"].format(store=store)}
     fields["arms"] = [fields["arms"][0] | {"mix": [{}, part_of_mix]}]
     done = tiny.medssl("run", str(tiny.write(tmp_path / "s.yaml", fields)), "--store", str(place / "store"), check=False)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-
 @dataclass(frozen=True)
 class Source:
     """Images of one dataset, by value: pickles, and opens again where it is needed."""

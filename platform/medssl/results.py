@@ -281,7 +281,7 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
         hardware,
         histories,
         mix_notes,
-    monitors,
+        monitors,
         range_tests,
         searches,
         versions,

@@ -78,7 +78,7 @@ comparisons:
 compute:                   # where it runs; changes no result
   workers: {workers}               # more share a batch, which pays for large ones
   cpus_per_worker: 2
-  checkpoint_every_epochs: {checkpoints}
+  checkpoint_every_epochs: {checkpoints}  # what a lost worker costs at most
   gpus_per_worker: 0       # 1 on a machine with GPUs
 """
 

@@ -75,6 +75,9 @@ class Study:
         named = {part.dataset for arm in recipe.arms for part in arm.mix if part.dataset is not None}
         self.others = {name: _open(name, store) for name in sorted(named)}
         """Further datasets of mixes, by their names in the recipe."""
+        for name, dataset in self.others.items():
+            if dataset.uri == self.dataset.uri:
+                raise RecipeError(f"mix names {name}, the study's own dataset: leave `dataset` out of that part of mix")
         others = {name: dataset.index() for name, dataset in self.others.items()}
         self.specs = Specs(recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others)
         self._check_splits()

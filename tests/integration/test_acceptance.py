@@ -164,12 +164,11 @@ def test_a_written_recipe_runs_unchanged(s3_server: Any, shared_data: Path, tmp_
     result = json.loads(done.stdout)
     scores = {(arm["arm"], arm["protocol"]): arm for arm in result["arms"] if arm["metric"] == "auc"}
     print([(name, arm["mean"], arm["std"], arm["n"]) for name, arm in scores.items()], rates(store))
-    probes, tuned = {"barlow_twins": 3, "random": 3, "colour": 1}, ("barlow_twins", "random")
+    probes = {"barlow_twins": 3, "random": 3, "colour": 1}
     assert {name: arm["n"] for name, arm in scores.items()} == {
         **{(name, "linear_probe"): 35 * seeds for name, seeds in probes.items()},
-        **{(name, "fine_tune"): scores[name, "fine_tune"]["n"] for name in tuned},
+        **{(name, "fine_tune"): 3 * 5 for name in ("barlow_twins", "random")},
     }
-    assert all(scores[name, "fine_tune"]["n"] >= 5 for name in tuned)
     assert len(result["comparisons"]) >= 6
     out = tmp_path / "predictions.csv"
     tiny.medssl("predict", "barlow_twins", str(images / "images"), "--out", str(out), "--store", store.uri)

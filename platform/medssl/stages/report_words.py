@@ -83,7 +83,7 @@ def _verdict(data: ReportData, row: pd.Series) -> Text:
         return Text(text, f"{better} against {than} ({where}): no claim.", "unclear")
     ends = sorted((sign * low, sign * high))
     if ends[0] > 0 or ends[1] < 0:
-        text = f"{measured} {span}.{_in_hundred(data, data.main_metric, first, second, better, than)}"
+        text = f"{measured} {span}.{_in_hundred(data, first, second, better, than)}"
         text += _few(data, better, than, protocol)
         if any(_single_pretraining(data, arm, protocol) for arm in (better, than)):
             higher = "better" if ends[0] > 0 else "worse"
@@ -97,8 +97,8 @@ def _verdict(data: ReportData, row: pd.Series) -> Text:
     return Text(text + _few(data, better, than, protocol), head, "unclear")
 
 
-def _in_hundred(data: ReportData, metric: str, first: float, second: float, better: str, than: str) -> str:
-    drawn = {"accuracy": "images", "balanced_accuracy": "images drawn evenly from all classes"}.get(metric)
+def _in_hundred(data: ReportData, first: float, second: float, better: str, than: str) -> str:
+    drawn = {"accuracy": "images", "balanced_accuracy": "images drawn evenly from all classes"}.get(data.main_metric)
     if drawn is None or not (math.isfinite(first) and math.isfinite(second)):
         return ""
     of = 100 if round(100 * first) != round(100 * second) else 1000
