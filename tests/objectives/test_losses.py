@@ -158,6 +158,12 @@ def test_closed_forms() -> None:
     assert swav_loss(100 * hot, hot, 0.1).item() == pytest.approx(0, abs=1e-9)
 
 
+def test_no_gradient_reaches_the_assignments() -> None:
+    scores, assigned = (torch.rand(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    swav_loss(scores, assigned, 0.1).backward()
+    assert scores.grad is not None and assigned.grad is None
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_sinkhorn(seed: int) -> None:
     scores = F.normalize(tensors(1, 24, 10, seed)[0], dim=1) @ F.normalize(tensors(1, 6, 10, seed + 9)[0], dim=1).T
