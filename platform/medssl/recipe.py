@@ -18,6 +18,7 @@ from medssl.networks.surgery import SurgeryParams
 from medssl.objectives import ObjectiveParams
 from medssl.optim import OptimiserParams, ScheduleParams
 from medssl.params import Params
+from medssl.probes.knn import KnnParams
 from medssl.probes.linear import LinearProbeParams
 from medssl.training.finetune import FineTuneParams
 from medssl.training.plan import FurtherParams, PretrainPlan
@@ -199,6 +200,12 @@ class ProtocolBase(Params):
     search: Search = Search()
     """Search space of learning rate and weight decay."""
 
+    @property
+    def fixed_point(self) -> dict[str, float] | None:
+        """What the heads are trained with where nothing is searched for; None where a search says."""
+        search = self.search
+        return None if search.needed else {"learning_rate": search.learning_rate[0], "weight_decay": search.weight_decay[0]}
+
 
 class LinearProbe(ProtocolBase):
     """A linear classifier on frozen features; all heads train in lockstep."""
@@ -207,6 +214,28 @@ class LinearProbe(ProtocolBase):
     """Which protocol this is."""
     probe: LinearProbeParams = LinearProbeParams()
     """Training of the heads."""
+
+
+class Knn(ProtocolBase):
+    """The nearest labelled images vote, by cosine similarity of frozen features; nothing is trained, so one seed is all."""
+
+    kind: Literal["knn"] = "knn"
+    """Which protocol this is."""
+    head_seeds: int = Field(1, ge=1, le=1)
+    """1: without training there is no chance in a head."""
+    probe: KnnParams = KnnParams()
+    """The votes."""
+
+    @model_validator(mode="after")
+    def _searches_nothing(self) -> Knn:
+        if self.search != Search():
+            raise ValueError(f"protocol '{self.name}': kNN trains nothing, so there is no search: leave it out")
+        return self
+
+    @property
+    def fixed_point(self) -> dict[str, float]:
+        """Nothing is trained."""
+        return {}
 
 
 class FineTune(ProtocolBase):
@@ -218,7 +247,18 @@ class FineTune(ProtocolBase):
     """Training of network and head."""
 
 
-Protocol = Annotated[LinearProbe | FineTune, Field(discriminator="kind")]
+Probe = LinearProbe | Knn
+"""Protocols on frozen features."""
+Protocol = Annotated[LinearProbe | Knn | FineTune, Field(discriminator="kind")]
+KINDS = ("linear_probe", "knn", "fine_tune")
+"""Of protocols."""
+
+
+def _views_of(protocol: Protocol) -> ViewParams | None:
+    """Augmentation of the labelled images; None where a protocol has none."""
+    if protocol.kind == "fine_tune":
+        return protocol.training.views
+    return None if protocol.kind == "knn" else protocol.probe.bank_views
 
 
 class Comparison(Params):
@@ -319,8 +359,8 @@ class Recipe(Params):
         for comparison in self.comparisons:
             self._check_comparison(comparison)
         for protocol in self.protocols:
-            shown = protocol.probe.bank_views if protocol.kind == "linear_probe" else protocol.training.views
-            if shown.small_crops:
+            shown = _views_of(protocol)
+            if shown is not None and shown.small_crops:
                 raise ValueError(f"protocol '{protocol.name}': small_crops belong to pretraining, an evaluation has one view")
         if self.repeats.labels is None and self.repeats.label_draws != 1:
             raise ValueError("labels: null uses every label, so label_draws must be 1")

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from medssl.errors import RecipeError, nearest
 from medssl.params import Params
-from medssl.recipe import Recipe
+from medssl.recipe import KINDS, Recipe
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -106,7 +106,7 @@ def _set(node: Any, keys: list[str], value: Any, path: str) -> Any:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if part not in ("linear_probe", "fine_tune")]
+    location = [str(part) for part in first["loc"] if part not in KINDS]
     where = ".".join(location) or "recipe"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     given = first.get("input")

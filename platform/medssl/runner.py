@@ -127,7 +127,7 @@ class Runner:
         study = self.study
         tasks: dict[str, EmbedTask] = {}
         for protocol in study.recipe.protocols:
-            if protocol.kind != "linear_probe":
+            if protocol.kind == "fine_tune":
                 continue
             for arm in study.recipe.arms:
                 for seed in study.specs.pretraining_seeds(arm, protocol):

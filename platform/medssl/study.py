@@ -23,7 +23,7 @@ from medssl.events import Event, OnEvent
 from medssl.leases import Lease, lease
 from medssl.mixes import Source, check_splits, joined_index
 from medssl.mixes import shown as all_shown
-from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
+from medssl.recipe import Arm, Probe, Protocol, Recipe
 from medssl.recipe_file import load
 from medssl.results import StudyResult, report_name
 from medssl.stages.initial import weights_digests
@@ -81,6 +81,7 @@ class Study:
         others = {name: dataset.index() for name, dataset in self.others.items()}
         self.specs = Specs(recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others)
         self._check_splits()
+        self._check_neighbours()
         self._check_pretrainings()
         self._finished = finished(store)
         self._markers: dict[str, Marker] = {}
@@ -143,7 +144,7 @@ class Study:
                     seen.setdefault(spec.name, (arm, seed, spec))
         return list(seen.values())
 
-    def embed_spec(self, arm: Arm, seed: int, protocol: LinearProbe) -> Spec | None:
+    def embed_spec(self, arm: Arm, seed: int, protocol: Probe) -> Spec | None:
         """The features of one encoder for one probe; None while the encoder is not there."""
         encoder = self.specs.encoder(arm, seed)
         marker = self.marker(encoder) if encoder else None
@@ -151,7 +152,7 @@ class Study:
 
     def features(self, arm: Arm, seed: int, protocol: Protocol) -> Marker | None:
         """What a protocol starts from: features for a probe, the encoder for fine-tuning."""
-        if protocol.kind == "linear_probe":
+        if protocol.kind != "fine_tune":
             embed = self.embed_spec(arm, seed, protocol)
             return self.marker(embed) if embed else None
         encoder = self.specs.encoder(arm, seed)
@@ -164,9 +165,8 @@ class Study:
 
     def point(self, arm: Arm, protocol: Protocol) -> dict[str, float] | None:
         """Learning rate and weight decay of an arm under a protocol, once they are known."""
-        search = protocol.search
-        if not search.needed:
-            return {"learning_rate": search.learning_rate[0], "weight_decay": search.weight_decay[0]}
+        if protocol.fixed_point is not None:
+            return protocol.fixed_point
         spec = self.search_spec(arm, protocol)
         marker = self.marker(spec) if spec else None
         return None if marker is None else dict(marker.facts["best"])
@@ -217,7 +217,7 @@ class Study:
         waits = "waits"
         for protocol in self.recipe.protocols:
             for arm in self.recipe.arms:
-                if protocol.kind == "linear_probe":
+                if protocol.kind != "fine_tune":
                     for seed in self.specs.pretraining_seeds(arm, protocol):
                         spec = self.embed_spec(arm, seed, protocol)
                         lines.append(
@@ -266,6 +266,15 @@ class Study:
                     "ingest with other splits or leave the class out"
                 )
         self.specs.draw(0)  # refuses a number of labels that the split does not have
+
+    def _check_neighbours(self) -> None:
+        labelled = len(self.specs.draw(0))
+        for protocol in self.recipe.protocols:
+            if protocol.kind == "knn" and protocol.probe.k > labelled:
+                raise RecipeError(
+                    f"protocol '{protocol.name}': probe.k is {protocol.probe.k}, but a draw has {labelled} labelled images: use "
+                    f"{labelled} or less, or more labels"
+                )
 
     def _check_pretrainings(self) -> None:
         for arm in self.recipe.arms:

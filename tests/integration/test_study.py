@@ -115,26 +115,42 @@ def test_plan_says_what_is_finished_and_what_the_rest_costs(place: Path, study: 
     assert lines["report"]["state"] == "waits"
 
 
+def assert_predicts(place: Path, store: Store, table: Path, study: str, arm: str, protocol: str) -> None:
+    """`medssl predict` on the image files gives the probabilities that the evaluation stored."""
+    index = json.loads(store.read(f"studies/{study}/arms/{arm}.json"))
+    run = next(r for r in index["evaluations"] if r["protocol"] == protocol and r["seed"] == 0)
+    stored = pd.read_parquet(io.BytesIO(store.read(f"artifacts/{run['artifact']}/predictions.parquet")))
+    out = place / f"{arm}-{protocol}.csv"
+    which = [arm, str(table.parent), "--study", study, "--protocol", protocol]
+    tiny.medssl("predict", *which, "--out", str(out), "--store", str(place / "store"))
+    new = pd.read_csv(out)
+    new["image_id"] = [Path(p).stem for p in new["image"]]
+    both = stored.merge(new, on="image_id", validate="one_to_one")
+    assert len(both) == len(stored) > 0
+    classes = [c for c in new.columns if c.startswith("p_")]
+    for number, column in enumerate(classes):
+        np.testing.assert_allclose(
+            both[column], both[f"p_{number}"] if f"p_{number}" in both else both[f"p_{number}_x"], atol=1e-5
+        )
+
+
 def test_predict_equals_what_the_evaluation_stored(place: Path, study: Path, store: Store, table: Path) -> None:
-    import io
-
-    import pyarrow.parquet as pq
-
     for arm, protocol in (("barlow_twins", "linear_probe"), ("colour", "linear_probe"), ("random", "fine_tune")):
-        index = json.loads(store.read(f"studies/tiny/arms/{arm}.json"))
-        run = next(r for r in index["evaluations"] if r["protocol"] == protocol and r["seed"] == 0)
-        stored = pq.read_table(io.BytesIO(store.read(f"artifacts/{run['artifact']}/predictions.parquet"))).to_pandas()
-        out = place / f"{arm}.csv"
-        tiny.medssl("predict", arm, str(table.parent), "--out", str(out), "--store", str(place / "store"), "--protocol", protocol)
-        new = pd.read_csv(out)
-        new["image_id"] = [Path(p).stem for p in new["image"]]
-        both = stored.merge(new, on="image_id", validate="one_to_one")
-        assert len(both) == len(stored) > 0
-        classes = [c for c in new.columns if c.startswith("p_")]
-        for number, column in enumerate(classes):
-            np.testing.assert_allclose(
-                both[column], both[f"p_{number}"] if f"p_{number}" in both else both[f"p_{number}_x"], atol=1e-5
-            )
+        assert_predicts(place, store, table, "tiny", arm, protocol)
+
+
+def test_probes_share_the_features(place: Path, study: Path, store: Store, table: Path) -> None:
+    """Nearest neighbours on the same encoders: nothing but votes is computed, and `predict` gives the same."""
+    before = finished(store)
+    protocols = [{"name": "knn", "kind": "knn", "probe": {"k": 30}}]
+    comparisons = [{"better": "barlow_twins", "than": "random", "protocol": "knn"}]
+    path = tiny.write(place / "probes.yaml", tiny.recipe(study="probes", protocols=protocols, comparisons=comparisons))
+    tiny.medssl("run", str(path), "--store", str(place / "store"))
+    assert stages(finished(store) - before) == {"evaluate": 2 * 2 + 2 * 2 + 2, "report": 1}
+    assert "knn: k is 30, but class" in store.read("studies/probes/report.md").decode()
+    assert_predicts(place, store, table, "probes", "random", "knn")
+    refused = tiny.medssl("plan", str(path), "--store", str(place / "store"), "--set", "protocols.knn.probe.k=41", check=False)
+    assert refused.returncode == 2 and "probe.k is 41, but a draw has 40 labelled images" in refused.stderr
 
 
 def test_more_head_seeds_compute_only_the_new_ones(place: Path, study: Path, store: Store) -> None:

@@ -12,11 +12,32 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from medssl.params import Params
+
 _CHUNK_ENTRIES = 1 << 23
 """Similarities held at a time: 32 MiB."""
+
+
+class KnnParams(Params):
+    """Votes of the nearest labelled images."""
+
+    k: int = Field(20, ge=1)
+    """Neighbours that vote; 200 in paper 001. More than the rarest class has images drown it, which the report says."""
+    weights: Literal["similarity", "uniform"] = "similarity"
+    """similarity: a neighbour votes with weight exp(cosine / temperature). uniform: with weight 1."""
+    temperature: float = Field(0.07, gt=0)
+    """The smaller, the more the very nearest count; for weights similarity."""
+    balanced: bool = True
+    """Divides a class's votes by its number of labelled images, so that a class is not chosen for being common."""
+
+    @property
+    def bank_passes(self) -> int:
+        """Augmented passes to embed: none, the labelled images are compared as they are."""
+        return 0
 
 
 def knn_scores(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from medssl.artifacts import folder, publish, read_marker
 from medssl.errors import MedsslError
-from medssl.recipe import Compute, LinearProbe
+from medssl.recipe import Compute
 from medssl.stages.context import Context, Opened
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board
@@ -147,13 +147,13 @@ def _embed(opened: Opened, task: EmbedTask, device: Any, progress: Any) -> dict[
     recipe = opened.recipe
     arm = next(a for a in recipe.arms if a.name == task.arm)
     protocol = next(p for p in recipe.protocols if p.name == task.protocol)
-    assert isinstance(protocol, LinearProbe)
+    assert protocol.kind != "fine_tune"
     index = opened.specs.index
     rows = index.index[index["split"].isin((TRAIN, VALIDATION, TEST))].to_numpy()
     weights = folder(opened.store, task.encoder).read("encoder.safetensors") if task.encoder else None
     features = embed(weights, recipe.encoder_of(arm), opened.images, rows, device=device, on_progress=progress)
     files = {"rows.npy": _npy(rows), "features.npy": _npy(features.astype(np.float32))}
-    if protocol.probe.bank_passes:
+    if protocol.kind != "knn" and protocol.probe.bank_passes:
         drawn = opened.specs.drawn_rows()
         bank = embed(
             weights, recipe.encoder_of(arm), opened.images, drawn, passes=protocol.probe.bank_passes,

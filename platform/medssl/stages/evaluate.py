@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from medssl.artifacts import Marker, folder, publish, read_marker
 from medssl.errors import DataError
 from medssl.metrics import METRICS
-from medssl.recipe import Arm, Compute, FineTune, LinearProbe, Protocol, Recipe
+from medssl.recipe import Arm, Compute, FineTune, Probe, Protocol, Recipe
 from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress
 from medssl.stages.search import fan_out, search
@@ -128,7 +128,7 @@ def run_evaluations(tasks: Sequence[EvaluateTask], recipe: Recipe, on_progress: 
 
 
 def _parts(protocol: Protocol, specs: Mapping[int, Spec]) -> list[Mapping[int, Spec]]:
-    return [specs] if protocol.kind == "linear_probe" else [{seed: spec} for seed, spec in specs.items()]
+    return [specs] if protocol.kind != "fine_tune" else [{seed: spec} for seed, spec in specs.items()]
 
 
 def evaluate(task: EvaluateTask) -> None:
@@ -163,16 +163,16 @@ def _fit(
     rows = opened.specs.draw(draw)
     if np.intersect1d(rows, judged).size:
         raise DataError("images to train on are among those to be judged: the dataset's splits overlap")
-    if protocol.kind == "linear_probe":
+    if protocol.kind != "fine_tune":
         return _fit_probe(opened, protocol, rows, features, seeds, point, judged)
     return _fit_network(opened, arm, protocol, rows, features, seeds, point, judged)
 
 
 def _fit_probe(
-    opened: Opened, protocol: LinearProbe, rows: NDArray[np.int64], features: str, seeds: Sequence[int],
+    opened: Opened, protocol: Probe, rows: NDArray[np.int64], features: str, seeds: Sequence[int],
     point: Mapping[str, float], judged: NDArray[np.int64],
 ) -> Fitted:  # fmt: skip
-    from medssl.probes.linear import predict_heads, train_linear_heads
+    from medssl.probes.heads import apply_heads, fit_heads
 
     place = folder(opened.store, features)
     table, position = _load(place.read("features.npy")), _positions(_load(place.read("rows.npy")))
@@ -180,13 +180,10 @@ def _fit_probe(
     if protocol.probe.bank_passes:
         bank_position = _positions(_load(place.read("bank_rows.npy")))
         bank = torch.from_numpy(_load(place.read("bank.npy"))[:, bank_position(rows)])
-    labels = torch.from_numpy(opened.specs.labels(rows))
-    weights_SKE, biases_SK = train_linear_heads(
-        torch.from_numpy(table[position(rows)]), labels, len(opened.specs.classes), list(seeds), protocol.probe,
-        learning_rate=point["learning_rate"], weight_decay=point["weight_decay"], bank_PNE=bank,
-    )  # fmt: skip
-    probabilities = predict_heads(torch.from_numpy(table[position(judged)]), weights_SKE, biases_SK)
-    files = [{"head.safetensors": _head_bytes(w, b)} for w, b in zip(weights_SKE, biases_SK, strict=True)]
+    labels, classes = torch.from_numpy(opened.specs.labels(rows)), len(opened.specs.classes)
+    heads = fit_heads(protocol.probe, torch.from_numpy(table[position(rows)]), labels, classes, list(seeds), point, bank)
+    probabilities = apply_heads(protocol.probe, heads, torch.from_numpy(table[position(judged)]), classes)
+    files = [{"head.safetensors": _head_bytes(head)} for head in heads]
     return Fitted(probabilities.numpy().astype(np.float32), files)
 
 
@@ -219,9 +216,10 @@ def _publish(
     scores = {name: float(metric(wide, labels, None)) for name, metric in METRICS.items()}  # the report takes its own
     application = {
         "kind": protocol.kind,
+        "probe": None if protocol.kind == "fine_tune" else protocol.probe.canonical(),
         "features": arm.features,
         "encoder": opened.recipe.encoder_of(arm).canonical() if arm.features == "encoder" else None,
-        "encoder_artifact": task.encoder if protocol.kind == "linear_probe" else None,
+        "encoder_artifact": task.encoder if protocol.kind != "fine_tune" else None,
         "images": asdict(opened.recipe.decoding),
         "classes": opened.specs.classes,
     }
@@ -275,7 +273,7 @@ def _positions(known: NDArray[np.int64]) -> Any:
     return positions
 
 
-def _head_bytes(weight_KE: torch.Tensor, bias_K: torch.Tensor) -> bytes:
+def _head_bytes(head: Mapping[str, torch.Tensor]) -> bytes:
     from safetensors.torch import save
 
-    return save({"weight": weight_KE.contiguous(), "bias": bias_K.contiguous()})
+    return save({name: value.contiguous() for name, value in head.items()})

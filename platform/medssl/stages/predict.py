@@ -19,6 +19,8 @@ from medssl.artifacts import ARTIFACTS, STUDIES, folder, read_marker
 from medssl.datasets.read import Decoding
 from medssl.errors import DataError, MissingKey, RecipeError, nearest
 from medssl.networks.encoder import EncoderParams
+from medssl.probes.heads import PROBES, Head, ProbeParams, apply_heads
+from medssl.probes.linear import LinearProbeParams
 from medssl.store import Store, open_store
 
 _BATCH = 128
@@ -103,8 +105,8 @@ class Model:
     encoder_params: EncoderParams | None
     decoding: Decoding
     encoder: torch.nn.Module | None
-    weight_KE: torch.Tensor
-    bias_K: torch.Tensor
+    probe: ProbeParams
+    head: Head
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """An encoded image as the study decoded its own: (H, W, C) uint8."""
@@ -113,7 +115,6 @@ class Model:
     def probabilities(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Class probabilities (B, K)."""
         from medssl.probes.colour import colour_features
-        from medssl.probes.linear import predict_heads
         from medssl.views import eval_view
 
         if self.encoder is None or self.encoder_params is None:
@@ -121,9 +122,7 @@ class Model:
         else:
             with torch.inference_mode():
                 features_BE = self.encoder(eval_view(torch.from_numpy(images_BHWC), self.encoder_params)).float()
-        probabilities: NDArray[np.float32] = predict_heads(features_BE, self.weight_KE[None], self.bias_K[None])[
-            0
-        ].numpy()
+        probabilities: NDArray[np.float32] = apply_heads(self.probe, [self.head], features_BE, len(self.classes))[0].numpy()
         return probabilities
 
 
@@ -143,7 +142,9 @@ def load_model(store: Store, name: str) -> Model:
     facts = json.loads(place.read("model.json"))
     params = EncoderParams.model_validate(facts["encoder"]) if facts["encoder"] else None
     encoder = None
-    if facts["kind"] == "linear_probe":
+    probe: ProbeParams = LinearProbeParams()  # what fine-tuning puts on its encoder is a linear layer too
+    if facts["kind"] in PROBES:
+        probe = PROBES[facts["kind"]].model_validate(facts.get("probe") or {})
         head = load(place.read("head.safetensors"))
         weights = (
             folder(store, facts["encoder_artifact"]).read("encoder.safetensors") if facts["encoder_artifact"] else None
@@ -161,7 +162,7 @@ def load_model(store: Store, name: str) -> Model:
         encoder = build_encoder(params, 0)
         load_weights(encoder, weights)
         encoder.eval()
-    return Model(facts["classes"], facts["features"], params, Decoding(**facts["images"]), encoder, head["weight"], head["bias"])
+    return Model(facts["classes"], facts["features"], params, Decoding(**facts["images"]), encoder, probe, head)
 
 
 def _find(

@@ -188,6 +188,17 @@ def warnings(recipe: Recipe) -> list[str]:
     return []
 
 
+def neighbour_warnings(recipe: Recipe, specs: Specs) -> list[str]:
+    """Of kNN protocols whose k drowns the rarest class of the first draw."""
+    import torch
+
+    from medssl.probes.knn import k_warning
+
+    labels_N = torch.from_numpy(specs.labels(specs.draw(0)))
+    said = {p.name: k_warning(p.probe.k, labels_N, specs.classes) for p in recipe.protocols if p.kind == "knn"}
+    return [f"{name}: {text}" for name, text in said.items() if text is not None]
+
+
 def mix_notes(arms: Iterable[Arm], specs: Specs) -> list[str]:
     """How many images of other datasets were not shown because the study judges by them."""
     return [

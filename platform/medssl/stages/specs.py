@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from medssl.artifacts import Marker, artifact_name, digest_json
 from medssl.datasets.draws import label_draw
 from medssl.mixes import seen_elsewhere
-from medssl.recipe import Arm, LinearProbe, Protocol, Recipe
+from medssl.recipe import Arm, Probe, Protocol, Recipe
 
 # Raised when a stage's numbers change for the same configuration.
 VERSIONS = {"pretrain": 2, "initialise": 2, "embed": 2, "search": 2, "evaluate": 2, "report": 2}
@@ -152,7 +152,7 @@ class Specs:
     def _judged_images(self) -> set[str]:
         return set(self.index.loc[self.index["split"].isin((VALIDATION, TEST)), "sha256"])
 
-    def embed(self, arm: Arm, seed: int, protocol: LinearProbe, encoder: Marker | None) -> Spec:
+    def embed(self, arm: Arm, seed: int, protocol: Probe, encoder: Marker | None) -> Spec:
         """Features of all labelled splits; with a bank of augmented passes where the protocol's heads draw from one."""
         config: dict[str, Any] = {"features": arm.features, "images": self._decoding()}
         rows = self.index[self.index["split"].isin((TRAIN, VALIDATION, TEST))]
@@ -162,7 +162,7 @@ class Specs:
             config["encoder"] = self.recipe.encoder_of(arm).canonical()
             inputs["encoder"] = encoder.digest
         bank = protocol.probe.bank_passes
-        if bank:
+        if bank and protocol.kind != "knn":
             drawn = self.drawn_rows()
             config["encoder"] = self.recipe.encoder_of(arm).canonical()  # the size and colours of augmented views
             config["bank"] = {
@@ -244,12 +244,12 @@ class Specs:
 
     def _network(self, arm: Arm, protocol: Protocol) -> dict[str, Any]:
         """What a fine-tuning needs to know of network and decoding; a probe has it in its features' digest."""
-        if protocol.kind == "linear_probe":
+        if protocol.kind != "fine_tune":
             return {}
         return {"encoder": self.recipe.encoder_of(arm).canonical(), "images": self._decoding()}
 
     def _pixels(self, protocol: Protocol, rows: NDArray[np.int64]) -> dict[str, str]:
-        if protocol.kind == "linear_probe":
+        if protocol.kind != "fine_tune":
             return {}
         return {"images": self._image_digest(self.index.loc[np.unique(rows)])}
 
@@ -271,12 +271,12 @@ class Specs:
 
 
 def _training(protocol: Protocol) -> dict[str, Any]:
-    part = protocol.probe if protocol.kind == "linear_probe" else protocol.training
+    part = protocol.training if protocol.kind == "fine_tune" else protocol.probe
     return {"kind": protocol.kind, **part.canonical()}
 
 
 def _images(protocol: Protocol, drawn: int, judged: int) -> int:
     """Images that one head seed reads: none for a probe, whose features are there."""
-    if protocol.kind == "linear_probe":
+    if protocol.kind != "fine_tune":
         return 0
     return (protocol.training.head_only_epochs + protocol.training.epochs) * drawn + judged

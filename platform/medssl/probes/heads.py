@@ -1,0 +1,63 @@
+"""Every probe as one thing: fitted on features, kept as a few tensors per seed, and applied to features again.
+
+Shapes: S heads (seeds), N images, P augmented passes, E feature width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from medssl.probes.knn import KnnParams, knn_scores
+from medssl.probes.linear import LinearProbeParams, predict_heads, train_linear_heads
+
+ProbeParams = LinearProbeParams | KnnParams
+Head = Mapping[str, Tensor]
+"""What is kept of one head, by name: enough to apply it."""
+
+PROBES: dict[str, type[ProbeParams]] = {"linear_probe": LinearProbeParams, "knn": KnnParams}
+"""Parameters of each probe by the kind of protocol that it is."""
+
+
+def fit_heads(
+    params: ProbeParams,
+    features_NE: Tensor,
+    labels_N: Tensor,
+    classes: int,
+    seeds: Sequence[int],
+    point: Mapping[str, float],
+    bank_PNE: Tensor | None = None,
+) -> list[Head]:
+    """One head per seed on the labelled images' features; all that are trained are trained together.
+
+    Args:
+        classes: K; a class may have no image.
+        point: `learning_rate` and `weight_decay`; of no use to kNN, which trains nothing.
+        bank_PNE: augmented passes of the same images, for probes that vary them.
+
+    Raises:
+        ValueError: shapes or values that do not fit.
+    """
+    if isinstance(params, KnnParams):
+        return [{"bank": features_NE, "labels": labels_N.long()} for _ in seeds]
+    weights_SKE, biases_SK = train_linear_heads(
+        features_NE, labels_N, classes, seeds, params,
+        learning_rate=point["learning_rate"], weight_decay=point["weight_decay"], bank_PNE=bank_PNE,
+    )  # fmt: skip
+    return [{"weight": w, "bias": b} for w, b in zip(weights_SKE, biases_SK, strict=True)]
+
+
+def apply_heads(params: ProbeParams, heads: Sequence[Head], features_NE: Tensor, classes: int) -> Tensor:
+    """Class probabilities (S, N, K) of every head in float32; for kNN the shares of the votes."""
+    if isinstance(params, KnnParams):
+        return torch.stack([
+            knn_scores(
+                head["bank"], head["labels"], features_NE, params.k, classes,
+                weights=params.weights, temperature=params.temperature, balanced=params.balanced,
+            )
+            for head in heads
+        ])  # fmt: skip
+    weights_SKE, biases_SK = (torch.stack([head[name] for head in heads]) for name in ("weight", "bias"))
+    return predict_heads(features_NE, weights_SKE, biases_SK)
