@@ -20,6 +20,7 @@ from medssl.optim import OptimiserParams, ScheduleParams
 from medssl.params import Params
 from medssl.probes.knn import KnnParams
 from medssl.probes.linear import LinearProbeParams
+from medssl.probes.mlp import MlpProbeParams
 from medssl.training.finetune import FineTuneParams
 from medssl.training.plan import FurtherParams, PretrainPlan
 from medssl.views import ViewParams
@@ -216,6 +217,15 @@ class LinearProbe(ProtocolBase):
     """Training of the heads."""
 
 
+class MlpProbe(ProtocolBase):
+    """A classifier of two layers on frozen features (paper 001); all heads train in lockstep."""
+
+    kind: Literal["mlp_probe"] = "mlp_probe"
+    """Which protocol this is."""
+    probe: MlpProbeParams = MlpProbeParams()
+    """Training of the heads."""
+
+
 class Knn(ProtocolBase):
     """The nearest labelled images vote, by cosine similarity of frozen features; nothing is trained, so one seed is all."""
 
@@ -247,10 +257,10 @@ class FineTune(ProtocolBase):
     """Training of network and head."""
 
 
-Probe = LinearProbe | Knn
+Probe = LinearProbe | MlpProbe | Knn
 """Protocols on frozen features."""
-Protocol = Annotated[LinearProbe | Knn | FineTune, Field(discriminator="kind")]
-KINDS = ("linear_probe", "knn", "fine_tune")
+Protocol = Annotated[LinearProbe | MlpProbe | Knn | FineTune, Field(discriminator="kind")]
+KINDS = ("linear_probe", "mlp_probe", "knn", "fine_tune")
 """Of protocols."""
 
 

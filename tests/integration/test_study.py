@@ -140,15 +140,17 @@ def test_predict_equals_what_the_evaluation_stored(place: Path, study: Path, sto
 
 
 def test_probes_share_the_features(place: Path, study: Path, store: Store, table: Path) -> None:
-    """Nearest neighbours on the same encoders: nothing but votes is computed, and `predict` gives the same."""
+    """An MLP and the nearest neighbours on the same encoders: features are not computed again, and `predict` gives the same."""
     before = finished(store)
-    protocols = [{"name": "knn", "kind": "knn", "probe": {"k": 30}}]
+    mlp = {"name": "mlp", "kind": "mlp_probe", "head_seeds": 2, "probe": {"vary": ["head", "order"], "hidden": 8, "epochs": 5}}
+    protocols = [mlp, {"name": "knn", "kind": "knn", "probe": {"k": 30}}]
     comparisons = [{"better": "barlow_twins", "than": "random", "protocol": "knn"}]
     path = tiny.write(place / "probes.yaml", tiny.recipe(study="probes", protocols=protocols, comparisons=comparisons))
     tiny.medssl("run", str(path), "--store", str(place / "store"))
-    assert stages(finished(store) - before) == {"evaluate": 2 * 2 + 2 * 2 + 2, "report": 1}
+    assert stages(finished(store) - before) == {"evaluate": (2 * 2 + 2 * 2 + 2) * (1 + 2), "report": 1}
     assert "knn: k is 30, but class" in store.read("studies/probes/report.md").decode()
     assert_predicts(place, store, table, "probes", "random", "knn")
+    assert_predicts(place, store, table, "probes", "colour", "mlp")
     refused = tiny.medssl("plan", str(path), "--store", str(place / "store"), "--set", "protocols.knn.probe.k=41", check=False)
     assert refused.returncode == 2 and "probe.k is 41, but a draw has 40 labelled images" in refused.stderr
 

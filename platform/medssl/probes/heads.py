@@ -12,12 +12,13 @@ from torch import Tensor
 
 from medssl.probes.knn import KnnParams, knn_scores
 from medssl.probes.linear import LinearProbeParams, predict_heads, train_linear_heads
+from medssl.probes.mlp import MlpHeads, MlpProbeParams, predict_mlp_heads, train_mlp_heads
 
-ProbeParams = LinearProbeParams | KnnParams
+ProbeParams = LinearProbeParams | MlpProbeParams | KnnParams
 Head = Mapping[str, Tensor]
 """What is kept of one head, by name: enough to apply it."""
 
-PROBES: dict[str, type[ProbeParams]] = {"linear_probe": LinearProbeParams, "knn": KnnParams}
+PROBES: dict[str, type[ProbeParams]] = {"linear_probe": LinearProbeParams, "mlp_probe": MlpProbeParams, "knn": KnnParams}
 """Parameters of each probe by the kind of protocol that it is."""
 
 
@@ -42,10 +43,15 @@ def fit_heads(
     """
     if isinstance(params, KnnParams):
         return [{"bank": features_NE, "labels": labels_N.long()} for _ in seeds]
+    rate, decay = point["learning_rate"], point["weight_decay"]
+    if isinstance(params, MlpProbeParams):
+        pack = train_mlp_heads(
+            features_NE, labels_N, classes, seeds, params, learning_rate=rate, weight_decay=decay, bank_PNE=bank_PNE
+        )
+        return [dict(zip(MlpHeads._fields, head, strict=True)) for head in zip(*pack, strict=True)]
     weights_SKE, biases_SK = train_linear_heads(
-        features_NE, labels_N, classes, seeds, params,
-        learning_rate=point["learning_rate"], weight_decay=point["weight_decay"], bank_PNE=bank_PNE,
-    )  # fmt: skip
+        features_NE, labels_N, classes, seeds, params, learning_rate=rate, weight_decay=decay, bank_PNE=bank_PNE
+    )
     return [{"weight": w, "bias": b} for w, b in zip(weights_SKE, biases_SK, strict=True)]
 
 
@@ -59,5 +65,8 @@ def apply_heads(params: ProbeParams, heads: Sequence[Head], features_NE: Tensor,
             )
             for head in heads
         ])  # fmt: skip
+    if isinstance(params, MlpProbeParams):
+        pack = MlpHeads(*(torch.stack([head[name] for head in heads]) for name in MlpHeads._fields))
+        return predict_mlp_heads(features_NE, pack)
     weights_SKE, biases_SK = (torch.stack([head[name] for head in heads]) for name in ("weight", "bias"))
     return predict_heads(features_NE, weights_SKE, biases_SK)
