@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from medssl.errors import RecipeError, nearest
 from medssl.params import Params
-from medssl.recipe import KINDS, Recipe
+from medssl.protocols import KINDS
+from medssl.recipe import Recipe
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

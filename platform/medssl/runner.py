@@ -13,7 +13,8 @@ from medssl.errors import StoreError
 from medssl.events import Event
 from medssl.leases import Lease, Owner, lease
 from medssl.mixes import Source
-from medssl.recipe import Arm, Protocol
+from medssl.protocols import Protocol
+from medssl.recipe import Arm
 from medssl.results import StudyResult, build_report, load_result, make_current
 from medssl.stages.cluster import connected, require_gpus
 from medssl.stages.context import Context

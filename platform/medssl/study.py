@@ -23,7 +23,8 @@ from medssl.events import Event, OnEvent
 from medssl.leases import Lease, lease
 from medssl.mixes import Source, check_splits, joined_index
 from medssl.mixes import shown as all_shown
-from medssl.recipe import Arm, Probe, Protocol, Recipe
+from medssl.protocols import Probe, Protocol
+from medssl.recipe import Arm, Recipe
 from medssl.recipe_file import load
 from medssl.results import StudyResult, report_name
 from medssl.stages.initial import weights_digests

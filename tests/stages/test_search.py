@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from medssl.errors import MedsslError, NonFiniteLoss
-from medssl.recipe import Compute, Search
+from medssl.protocols import Search
+from medssl.recipe import Compute
 from medssl.stages.search import Found, fan_out, search
 from medssl.store import Store, open_store
 

@@ -11,6 +11,7 @@ from medssl.errors import NonFiniteLoss
 from medssl.networks.encoder import EncoderParams, build_encoder, estimate_batch_norm, save_weights
 from medssl.training.feed import ResidentImages
 from medssl.training.finetune import Classifier, FineTuneParams, finetune
+from medssl.training.labelled import LabelledImages, Labels
 from medssl.views import eval_view, generator_for
 
 ENCODER = EncoderParams(name="resnet10t", image_px=32)
@@ -113,9 +114,7 @@ def test_balanced_weights_raise_the_recall_of_the_rare_class(images: ResidentIma
 
 
 def test_batches_share_an_epoch_evenly(images: ResidentImages, labels: np.ndarray) -> None:
-    from medssl.training.finetune import _Labelled
-
-    labelled = _Labelled(images, np.arange(65), labels[:65], 3, FineTuneParams(), torch.device("cpu"))
+    labelled = LabelledImages(images, Labels(np.arange(65), labels[:65]), 3, torch.device("cpu"), class_weights="balanced")
     batches = labelled.batches(64, torch.Generator().manual_seed(0))
     assert [len(b) for b in batches] == [33, 32]
     assert sorted(torch.cat(batches).tolist()) == list(range(65))

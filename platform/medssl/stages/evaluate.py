@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from medssl.artifacts import Marker, folder, publish, read_marker
 from medssl.errors import DataError
 from medssl.metrics import METRICS
-from medssl.recipe import Arm, Compute, FineTune, Probe, Protocol, Recipe
+from medssl.protocols import FineTune, Probe, Protocol
+from medssl.recipe import Arm, Compute, Recipe
 from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress
 from medssl.stages.search import fan_out, search
@@ -70,6 +71,8 @@ class Fitted:
     probabilities_SNK: NDArray[np.float32]
     weights: list[dict[str, bytes]]
     """Files to keep, per head seed."""
+    training: list[dict[str, Any]]
+    """What a report may show of each head seed's training; empty for probes."""
 
 
 def run_search(task: SearchTask, compute: Compute, on_progress: OnProgress | None = None) -> Marker:
@@ -143,9 +146,9 @@ def evaluate(task: EvaluateTask) -> None:
     with ThreadPoolExecutor(_WRITERS) as pool:
         jobs = [
             pool.submit(
-                _publish, opened, arm, protocol, task, spec, seed, fitted.probabilities_SNK[position], files, rows
+                _publish, opened, arm, protocol, task, spec, seed, fitted, position, rows
             )
-            for position, ((seed, spec), files) in enumerate(zip(missing.items(), fitted.weights, strict=True))
+            for position, (seed, spec) in enumerate(missing.items())
         ]
         for job in jobs:
             job.result()
@@ -184,7 +187,7 @@ def _fit_probe(
     heads = fit_heads(protocol.probe, torch.from_numpy(table[position(rows)]), labels, classes, list(seeds), point, bank)
     probabilities = apply_heads(protocol.probe, heads, torch.from_numpy(table[position(judged)]), classes)
     files = [{"head.safetensors": _head_bytes(head)} for head in heads]
-    return Fitted(probabilities.numpy().astype(np.float32), files)
+    return Fitted(probabilities.numpy().astype(np.float32), files, [{} for _ in heads])
 
 
 def _fit_network(
@@ -192,31 +195,36 @@ def _fit_network(
     point: Mapping[str, float], judged: NDArray[np.int64],
 ) -> Fitted:  # fmt: skip
     from medssl.training.finetune import finetune
+    from medssl.training.labelled import Labels
 
+    validation = opened.specs.rows(VALIDATION)
     device = torch.device("cuda" if torch.cuda.is_available() and opened.recipe.compute.gpus_per_worker else "cpu")
     weights = folder(opened.store, encoder).read("encoder.safetensors")
-    probabilities, files = [], []
+    probabilities, files, training = [], [], []
     for seed in seeds:
         tuned = finetune(
             weights, opened.recipe.encoder_of(arm), opened.images, rows, opened.specs.labels(rows), len(opened.specs.classes),
             protocol.training, learning_rate=point["learning_rate"], weight_decay=point["weight_decay"], seed=seed, device=device,
+            validation=Labels(validation, opened.specs.labels(validation)),
         )  # fmt: skip
+        training.append(tuned.facts())
         probabilities.append(tuned.predict(opened.images, judged))
         keep = protocol.training.keep_weights == "all" or seed == 0
         files.append({"model.safetensors": tuned.weights()} if keep else {})
-    return Fitted(np.stack(probabilities).astype(np.float32), files)
+    return Fitted(np.stack(probabilities).astype(np.float32), files, training)
 
 
 def _publish(
     opened: Opened, arm: Arm, protocol: Protocol, task: EvaluateTask, spec: Spec, seed: int,
-    probabilities_NK: NDArray[np.float32], files: Mapping[str, bytes], rows: NDArray[np.int64],
+    fitted: Fitted, position: int, rows: NDArray[np.int64],
 ) -> None:  # fmt: skip
-    labels = opened.specs.labels(rows)
+    labels, probabilities_NK = opened.specs.labels(rows), fitted.probabilities_SNK[position]
     wide = probabilities_NK.astype(np.float64)
     scores = {name: float(metric(wide, labels, None)) for name, metric in METRICS.items()}  # the report takes its own
     application = {
         "kind": protocol.kind,
         "probe": None if protocol.kind == "fine_tune" else protocol.probe.canonical(),
+        "training": protocol.training.canonical() if protocol.kind == "fine_tune" else None,
         "features": arm.features,
         "encoder": opened.recipe.encoder_of(arm).canonical() if arm.features == "encoder" else None,
         "encoder_artifact": task.encoder if protocol.kind != "fine_tune" else None,
@@ -230,9 +238,9 @@ def _publish(
                 opened.specs.index.loc[rows], labels, opened.specs.classes, probabilities_NK, seed
             ),
             "model.json": json.dumps(application, indent=1).encode(),
-            **files,
+            **fitted.weights[position],
         },
-        facts={"scores": scores},
+        facts={"scores": scores, **({"training": fitted.training[position]} if fitted.training[position] else {})},
     )  # fmt: skip
 
 

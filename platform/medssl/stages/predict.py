@@ -20,8 +20,8 @@ from medssl.datasets.read import Decoding
 from medssl.errors import DataError, MissingKey, RecipeError, nearest
 from medssl.networks.encoder import EncoderParams
 from medssl.probes.heads import PROBES, Head, ProbeParams, apply_heads
-from medssl.probes.linear import LinearProbeParams
 from medssl.store import Store, open_store
+from medssl.training.finetune import FineTuneParams
 
 _BATCH = 128
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
@@ -105,8 +105,11 @@ class Model:
     encoder_params: EncoderParams | None
     decoding: Decoding
     encoder: torch.nn.Module | None
-    probe: ProbeParams
     head: Head
+    probe: ProbeParams | None
+    """How the head is applied to features; None where the network was fine-tuned with it."""
+    training: FineTuneParams | None
+    """How the network was fine-tuned: it says whether images are taken in augmented passes."""
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """An encoded image as the study decoded its own: (H, W, C) uint8."""
@@ -117,6 +120,9 @@ class Model:
         from medssl.probes.colour import colour_features
         from medssl.views import eval_view
 
+        if self.probe is None and self.encoder is not None and self.encoder_params is not None:
+            return self._by_network(self.encoder, self.encoder_params, images_BHWC)
+        assert self.probe is not None
         if self.encoder is None or self.encoder_params is None:
             features_BE = torch.from_numpy(colour_features(images_BHWC))
         else:
@@ -124,6 +130,18 @@ class Model:
                 features_BE = self.encoder(eval_view(torch.from_numpy(images_BHWC), self.encoder_params)).float()
         probabilities: NDArray[np.float32] = apply_heads(self.probe, [self.head], features_BE, len(self.classes))[0].numpy()
         return probabilities
+
+    def _by_network(
+        self, encoder: torch.nn.Module, params: EncoderParams, images_BHWC: NDArray[np.uint8]
+    ) -> NDArray[np.float32]:
+        from medssl.training.finetune import probabilities
+
+        head = torch.nn.Linear(self.head["weight"].shape[1], len(self.classes))
+        head.load_state_dict(dict(self.head))
+        network = torch.nn.Sequential(encoder, head)
+        found_BK = probabilities(network, torch.from_numpy(images_BHWC), params, self.training or FineTuneParams())
+        found: NDArray[np.float32] = found_BK.numpy()
+        return found
 
 
 def load_model(store: Store, name: str) -> Model:
@@ -141,8 +159,7 @@ def load_model(store: Store, name: str) -> Model:
     place = folder(store, name)
     facts = json.loads(place.read("model.json"))
     params = EncoderParams.model_validate(facts["encoder"]) if facts["encoder"] else None
-    encoder = None
-    probe: ProbeParams = LinearProbeParams()  # what fine-tuning puts on its encoder is a linear layer too
+    encoder, probe, training = None, None, None
     if facts["kind"] in PROBES:
         probe = PROBES[facts["kind"]].model_validate(facts.get("probe") or {})
         head = load(place.read("head.safetensors"))
@@ -150,6 +167,7 @@ def load_model(store: Store, name: str) -> Model:
             folder(store, facts["encoder_artifact"]).read("encoder.safetensors") if facts["encoder_artifact"] else None
         )
     else:
+        training = FineTuneParams.model_validate(facts.get("training") or {})
         try:
             tensors = load(place.read("model.safetensors"))
         except MissingKey:
@@ -162,7 +180,7 @@ def load_model(store: Store, name: str) -> Model:
         encoder = build_encoder(params, 0)
         load_weights(encoder, weights)
         encoder.eval()
-    return Model(facts["classes"], facts["features"], params, Decoding(**facts["images"]), encoder, probe, head)
+    return Model(facts["classes"], facts["features"], params, Decoding(**facts["images"]), encoder, head, probe, training)
 
 
 def _find(

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from medssl.artifacts import Marker, folder
 from medssl.datasets.dataset import Dataset
 from medssl.errors import MissingKey
-from medssl.recipe import Arm, Protocol, Recipe
+from medssl.protocols import Protocol
+from medssl.recipe import Arm, Recipe
 from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts
 from medssl.stages.specs import TEST, VALIDATION, Spec, Specs
 from medssl.store import Store

@@ -17,7 +17,8 @@ from ray.tune.search import Searcher
 
 from medssl.artifacts import digest_json
 from medssl.errors import MedsslError, MissingKey, NonFiniteLoss
-from medssl.recipe import Compute, Search
+from medssl.protocols import Search
+from medssl.recipe import Compute
 from medssl.stages.progress import OnProgress
 from medssl.stages.trials import Watch, concurrent_trials, fan_out, guarded, run_trials, short_names
 from medssl.store import Store, open_for_writing

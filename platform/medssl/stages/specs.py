@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from medssl.artifacts import Marker, artifact_name, digest_json
 from medssl.datasets.draws import label_draw
 from medssl.mixes import seen_elsewhere
-from medssl.recipe import Arm, Probe, Protocol, Recipe
+from medssl.protocols import Probe, Protocol
+from medssl.recipe import Arm, Recipe
 
 # Raised when a stage's numbers change for the same configuration.
 VERSIONS = {"pretrain": 2, "initialise": 2, "embed": 2, "search": 2, "evaluate": 2, "report": 2}
@@ -207,7 +208,11 @@ class Specs:
             "draw": self._label_digest(drawn),
             "test": self._label_digest(test, patients=True),
         }
-        inputs |= self._pixels(cell.protocol, np.concatenate([drawn, test]))
+        seen = [drawn, test]
+        if cell.protocol.kind == "fine_tune" and cell.protocol.training.needs_validation:
+            seen.append(self.rows(VALIDATION))
+            inputs["validation"] = self._label_digest(seen[-1])
+        inputs |= self._pixels(cell.protocol, np.concatenate(seen))
         images = _images(cell.protocol, len(drawn), len(test))
         return Spec("evaluate", config, inputs, f"{cell.label}, head seed {head_seed}", images)
 
@@ -279,4 +284,6 @@ def _images(protocol: Protocol, drawn: int, judged: int) -> int:
     """Images that one head seed reads: none for a probe, whose features are there."""
     if protocol.kind != "fine_tune":
         return 0
-    return (protocol.training.head_only_epochs + protocol.training.epochs) * drawn + judged
+    per_epoch, steps = protocol.training.steps_for(drawn)
+    shown = protocol.training.head_only_epochs * drawn + round(steps * drawn / per_epoch)
+    return shown + max(1, protocol.training.test_passes) * judged

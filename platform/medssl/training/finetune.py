@@ -1,7 +1,10 @@
 """Fine-tuning: a linear head on an encoder, first alone, then with the whole network.
 
-Paper 000's recipe: an epoch of the head at a fixed learning rate, then all weights with Adam on one cycle, crops of 0.7-1 of
-the image, flips and small rotations. The loss is the class-weighted cross-entropy averaged over the batch.
+The defaults are paper 000's recipe in short: an epoch of the head at a fixed learning rate, then all weights with Adam on one
+cycle, crops of 0.7-1 of the image, flips and small rotations. With `trained: head` the encoder stays frozen throughout: its
+linear probe. Paper 002: Adam at 3e-4, weight decay 1e-4. Paper 003: `plateau` and `early_stopping` on the validation split,
+label smoothing. Paper 004: SGD with momentum, `steps` in place of epochs. The loss is the class-weighted cross-entropy averaged
+over the batch.
 
 While the head trains alone the encoder is in evaluation mode: its batch norms use the statistics of the pretraining and
 keep them, so the head meets the features that a linear probe would. Afterwards all batch norms train.
@@ -11,20 +14,26 @@ Shapes: N labelled images, B batch, H, W, C stored images, E feature width, K cl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from medssl.errors import NonFiniteLoss
+from medssl.metrics import accuracy, balanced_accuracy
 from medssl.networks.encoder import EncoderParams, build_encoder, feature_width, load_weights
-from medssl.optim import OptimiserParams, ScheduleParams, apply_rate, build_optimiser, scheduled
+from medssl.optim import OptimiserParams, Rate, ScheduleParams, apply_rate, build_optimiser, scheduled
 from medssl.params import Params
-from medssl.views import RandomView, ViewParams, eval_view, generator_for
+from medssl.training.finder import RangeTest, range_test
+from medssl.training.labelled import LabelledImages, Labels, read_images
+from medssl.training.stopping import EarlyStopping, EarlyStoppingParams, Plateau, PlateauParams, Watched
+from medssl.views import ContentView, RandomView, ViewParams, eval_view, generator_for
 
 if TYPE_CHECKING:
     from medssl.training.feed import ResidentImages
@@ -35,16 +44,36 @@ _JUDGED_AT_ONCE = 256
 class FineTuneParams(Params):
     """Training of network and head on the labels. Learning rate and weight decay come from the protocol's search."""
 
+    trained: Literal["all", "head"] = "all"
+    """What trains after the head's own epochs. head: the encoder stays frozen and in evaluation mode throughout."""
     head_only_epochs: int = Field(1, ge=0)
     """Epochs with frozen encoder, in evaluation mode."""
     head_learning_rate: float = Field(1e-3, gt=0)
     """Adam's constant learning rate in these epochs."""
-    epochs: int = Field(10, ge=1)
-    """Epochs of the whole network: Adam on one cycle (from peak/25 up over a quarter, down to peak/1e5)."""
+    epochs: int | None = Field(10, ge=1)
+    """Epochs after these; null where `steps` says."""
+    steps: int | None = Field(None, ge=1)
+    """Steps after these, in place of epochs; 30,000 in paper 004."""
     batch_size: int = Field(64, ge=2)
     """Images in one step, at most: an epoch's steps share its images evenly, so that no batch is left tiny."""
+    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
+    """adam, sgd: weight decay is an L2 penalty. adamw: decoupled. Biases and batch norms have none."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of sgd, first beta of adam and adamw; one_cycle moves it."""
+    schedule: ScheduleParams = ScheduleParams(name="one_cycle")
+    """Learning rate after the head's own epochs."""
+    learning_rate_finder: bool = False
+    """A range test before these epochs picks the peak learning rate, for each seed its own (paper 000)."""
+    plateau: PlateauParams | None = None
+    """Lowers the learning rate where the validation score stands still; with schedule constant."""
+    early_stopping: EarlyStoppingParams | None = None
+    """Ends where the validation score stands still; null trains to the end and keeps the last weights."""
+    watched: Watched = "accuracy"
+    """Validation score that plateau and early stopping go by."""
     class_weights: Literal["balanced", "none"] = "balanced"
     """balanced: an image weighs (labels / classes present / labels of its class)."""
+    over_sample: bool = False
+    """Draws as many images an epoch as there are, with replacement, each class equally often; with class_weights none."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target spread evenly over all classes."""
     views: ViewParams = ViewParams(
@@ -52,10 +81,33 @@ class FineTuneParams(Params):
         grey=0.0, blur=(0.0, 0.0), solarise=(0.0, 0.0),
     )  # fmt: skip
     """Augmentation of the training images."""
+    test_passes: int = Field(0, ge=0, le=100)
+    """Test-time augmentation: mean probabilities over so many passes with the training augmentation (3 in paper 000); 0 takes
+    each image whole, once."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 trains the network under autocast (the loss stays in float32); predictions are in float32."""
     keep_weights: Literal["first", "all"] = "first"
     """Which head seeds leave their network's weights for `predict`: the first only, or all."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FineTuneParams:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"epochs is {self.epochs} and steps {self.steps}: give one of them, and null for the other")
+        if self.over_sample and self.class_weights == "balanced":
+            raise ValueError("over_sample and class_weights balanced both make up for rare classes: set class_weights to none")
+        if self.plateau is not None and self.schedule.name != "constant":
+            raise ValueError(f"plateau lowers a constant learning rate, and schedule is {self.schedule.name}: set it to constant")
+        return self
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the validation split steers the training."""
+        return self.plateau is not None or self.early_stopping is not None
+
+    def steps_for(self, images: int) -> tuple[int, int]:
+        """Steps of an epoch, and of the training after the head's own epochs."""
+        per_epoch = -(-images // self.batch_size)
+        return per_epoch, self.steps if self.steps is not None else (self.epochs or 0) * per_epoch
 
 
 class Classifier(nn.Module):
@@ -72,30 +124,60 @@ class Classifier(nn.Module):
         return logits
 
 
+@dataclass
 class FineTuned:
     """A finished fine-tuning."""
 
-    def __init__(self, network: Classifier, encoder: EncoderParams, device: torch.device) -> None:
-        self.network = network.eval()
-        self.encoder = encoder
-        self.device = device
+    network: Classifier
+    encoder: EncoderParams
+    params: FineTuneParams
+    device: torch.device
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Per epoch: epoch (from 1, the head's own first), loss, learning_rate at its end, and `validation` where it was watched."""
+    finder: RangeTest | None = None
+    """The range test, where one picked the learning rate."""
+    best_epoch: int | None = None
+    """Epoch whose weights were kept, counted as in `history`; None where they are the last."""
 
-    @torch.inference_mode()
     def predict(self, images: ResidentImages, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Class probabilities (N, K) of the images in `rows`, each taken whole."""
+        """Class probabilities (N, K) of the images in `rows`."""
         chosen, parts = np.asarray(rows, dtype=np.int64), []
         for start in range(0, len(chosen), _JUDGED_AT_ONCE):
-            views_BCHW = eval_view(_read(images, chosen[start : start + _JUDGED_AT_ONCE], self.device), self.encoder)
-            logits_BK = self.network(views_BCHW.contiguous(memory_format=torch.channels_last))
-            parts.append(torch.softmax(logits_BK.float(), dim=1).cpu())
-        probabilities: NDArray[np.float32] = torch.cat(parts).numpy()
-        return probabilities
+            stored_BHWC = read_images(images, chosen[start : start + _JUDGED_AT_ONCE], self.device)
+            parts.append(probabilities(self.network, stored_BHWC, self.encoder, self.params).cpu())
+        found: NDArray[np.float32] = torch.cat(parts).numpy()
+        return found
 
     def weights(self) -> bytes:
         """Safetensors of the whole network: `encoder.*`, `head.weight` (K, E) and `head.bias` (K,)."""
         from safetensors.torch import save
 
         return save({name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()})
+
+    def facts(self) -> dict[str, Any]:
+        """What a report may show of the training; plain values."""
+        return {
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "learning_rate_found": self.finder.chosen if self.finder is not None else None,
+        }
+
+
+@torch.inference_mode()
+def probabilities(network: nn.Module, stored_BHWC: Tensor, encoder: EncoderParams, params: FineTuneParams) -> Tensor:
+    """Class probabilities (B, K) of stored images (B, H, W, C) uint8, of the network as it is in evaluation mode.
+
+    With `test_passes` the mean over augmented passes. Their draws come from an image's own bytes: the same image gets the same
+    probabilities whatever others are predicted with it.
+    """
+    network.eval()
+    if params.test_passes:
+        view = ContentView(params.views, encoder)
+        passes = [view(stored_BHWC, number) for number in range(params.test_passes)]
+    else:
+        passes = [eval_view(stored_BHWC, encoder)]
+    logits = (network(views_BCHW.contiguous(memory_format=torch.channels_last)).float() for views_BCHW in passes)
+    return torch.stack([torch.softmax(logits_BK, dim=1) for logits_BK in logits]).mean(dim=0)
 
 
 def finetune(
@@ -110,6 +192,7 @@ def finetune(
     learning_rate: float,
     weight_decay: float = 0.0,
     seed: int,
+    validation: Labels | None = None,
     device: str | torch.device = "cpu",
 ) -> FineTuned:
     """Trains a classifier on the images in `rows`; the seed decides the head's start, the order and the augmentation.
@@ -120,35 +203,30 @@ def finetune(
     Args:
         encoder_weights: safetensors to start from; None starts from the random network of `seed`.
         labels: class of each of `rows`.
-        learning_rate: peak of the one cycle of the whole network.
-        weight_decay: L2 penalty of Adam, biases and batch norms excluded.
+        learning_rate: peak of the schedule; not used where a range test picks it.
+        weight_decay: see `FineTuneParams.optimiser`; biases and batch norms excluded.
+        validation: labelled images that plateau and early stopping go by; only they look at them.
 
     Raises:
         NonFiniteLoss: the loss turned NaN or infinite.
+        ValueError: unusable labels, or plateau or early stopping without validation images.
     """
+    if params.needs_validation and validation is None:
+        raise ValueError("plateau and early_stopping go by validation images, and none are given")
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(generator_for("finetune", seed).initial_seed())  # the head's start, and dropout where there is any
         network = Classifier(_start(encoder_weights, encoder, seed), classes)
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        labelled = _Labelled(images, np.asarray(rows, np.int64), np.asarray(labels, np.int64), classes, params, device)
-        view = RandomView(params.views, encoder)
-        alone, whole = _phases(params, learning_rate, weight_decay)
-        _train(
-            network,
-            network.head,
-            labelled,
-            view,
-            params,
-            alone,
-            ScheduleParams(name="constant"),
-            (0, params.head_only_epochs),
-            seed,
+        labelled = LabelledImages(
+            images, Labels(rows, labels), classes, device, class_weights=params.class_weights, over_sample=params.over_sample
         )
-        ends = (params.head_only_epochs, params.head_only_epochs + params.epochs)
-        _train(network, network, labelled, view, params, whole, ScheduleParams(name="one_cycle"), ends, seed)
-    return FineTuned(network, encoder, device)
+        judged = LabelledImages(images, validation, classes, device) if validation and params.needs_validation else None
+        tuned = FineTuned(network, encoder, params, device)
+        _Training(tuned, labelled, judged, seed).run(learning_rate, weight_decay)
+    network.eval()
+    return tuned
 
 
 def _start(weights: bytes | None, encoder: EncoderParams, seed: int) -> nn.Module:
@@ -158,83 +236,118 @@ def _start(weights: bytes | None, encoder: EncoderParams, seed: int) -> nn.Modul
     return network
 
 
-def _phases(params: FineTuneParams, learning_rate: float, weight_decay: float) -> tuple[OptimiserParams, OptimiserParams]:
-    """Optimisers of the head alone and of the whole network."""
-    alone = OptimiserParams(name="adam", learning_rate=params.head_learning_rate, weight_decay=0)
-    return alone, OptimiserParams(name="adam", learning_rate=learning_rate, weight_decay=weight_decay)
+class _Training:
+    """One fine-tuning under way."""
 
+    def __init__(self, tuned: FineTuned, labelled: LabelledImages, judged: LabelledImages | None, seed: int) -> None:
+        self.tuned, self.labelled, self.judged, self.seed = tuned, labelled, judged, seed
+        self.network, self.params = tuned.network, tuned.params
+        self.view = RandomView(self.params.views, tuned.encoder)
+        self.per_epoch, self.steps = self.params.steps_for(len(labelled))
 
-class _Labelled:
-    """The labelled images with their targets and weights."""
+    def run(self, learning_rate: float, weight_decay: float) -> None:
+        """The head alone, then what `trained` says."""
+        params, head = self.params, self.network.head
+        alone = OptimiserParams(name="adam", learning_rate=params.head_learning_rate, weight_decay=0)
+        constant = ScheduleParams(name="constant")
+        self._phase(head, alone, constant, 0, params.head_only_epochs * self.per_epoch, watching=False)
+        trained: nn.Module = self.network if params.trained == "all" else head
+        optimiser = OptimiserParams(
+            name=params.optimiser, learning_rate=learning_rate, weight_decay=weight_decay, momentum=params.momentum
+        )
+        if params.learning_rate_finder:
+            self.tuned.finder = self._find(trained, optimiser)
+            optimiser = optimiser.model_copy(update={"learning_rate": self.tuned.finder.chosen})
+        self._phase(trained, optimiser, params.schedule, params.head_only_epochs, self.steps, watching=self.judged is not None)
 
-    def __init__(
-        self, images: ResidentImages, rows: NDArray[np.int64], labels: NDArray[np.int64], classes: int, params: FineTuneParams,
-        device: torch.device,
+    def _phase(
+        self, trained: nn.Module, optimiser_params: OptimiserParams, schedule: ScheduleParams, first_epoch: int, total: int,
+        *, watching: bool,
     ) -> None:  # fmt: skip
-        if len(rows) != len(labels) or len(rows) < 2:
-            raise ValueError(f"{len(rows)} rows and {len(labels)} labels: expected as many, two or more")
-        if labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"labels lie in {labels.min()}..{labels.max()}: expected 0..{classes - 1}")
-        self.images, self.rows, self.device = images, rows, device
-        self.labels_N = torch.from_numpy(labels).to(device)
-        counts_K = np.bincount(labels, minlength=classes)
-        weights_K = np.ones(classes)
-        if params.class_weights == "balanced":
-            weights_K = len(labels) / ((counts_K > 0).sum() * np.maximum(counts_K, 1))
-        self.weights_N = torch.from_numpy(weights_K[labels].astype(np.float32)).to(device)
+        """`total` steps of `trained` (the head or all)."""
+        params, done, epoch = self.params, 0, first_epoch
+        optimiser = build_optimiser(trained, optimiser_params)
+        plateau = Plateau(params.plateau, params.watched) if watching and params.plateau else None
+        stopping = EarlyStopping(params.early_stopping, params.watched) if watching and params.early_stopping else None
+        kept: dict[str, Tensor] | None = None
+        while done < total and not (stopping and stopping.over):
+            self.network.train(trained is self.network)
+            losses = torch.zeros((), device=self.labelled.device)
+            order = generator_for("finetune", "order", self.seed, epoch)
+            batches = self.labelled.batches(params.batch_size, order)[: total - done]
+            for step, positions_B in enumerate(batches):
+                share, momentum = scheduled(schedule, done, total, self.per_epoch)
+                rate = apply_rate(optimiser, Rate(share * (plateau.factor if plateau else 1.0), momentum))
+                losses += self._step(trained, optimiser, positions_B, epoch * self.per_epoch + step)
+                done += 1
+            epoch += 1
+            mean = float(losses) / len(batches)
+            if not np.isfinite(mean):
+                raise NonFiniteLoss(
+                    f"fine-tuning seed {self.seed}: the loss is not finite in epoch {epoch} (learning rate {rate:.3g}): lower it"
+                )
+            line = {"epoch": float(epoch), "loss": mean, "learning_rate": rate}
+            if watching:
+                line["validation"] = score = self._validate()
+                if plateau:
+                    plateau.epoch(score)
+                if stopping and stopping.epoch(score):
+                    kept = copy.deepcopy(self.network.state_dict())
+            self.tuned.history.append(line)
+        if stopping and kept is not None:
+            self.network.load_state_dict(kept)
+            self.tuned.best_epoch = first_epoch + stopping.best_epoch
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def _step(self, trained: nn.Module, optimiser: torch.optim.Optimizer, positions_B: Tensor, step: int) -> Tensor:
+        """One step on these images; their loss."""
+        views_BCHW = self.view(self.labelled.read(positions_B), seed=self.seed, step=step)
+        loss = self._loss(trained, views_BCHW, positions_B.to(self.labelled.device))
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        return loss.detach()
 
-    def batches(self, size: int, generator: torch.Generator) -> list[Tensor]:
-        """Positions of an epoch's batches: a permutation in equal parts of at most `size`."""
-        order = torch.randperm(len(self.rows), generator=generator)
-        return list(torch.tensor_split(order, -(-len(order) // size)))
+    def _loss(self, trained: nn.Module, views_BCHW: Tensor, positions_B: Tensor) -> Tensor:
+        reduced = self.params.precision == "bfloat16"
+        with torch.autocast(self.labelled.device.type, torch.bfloat16, enabled=reduced):
+            views_BCHW = views_BCHW.contiguous(memory_format=torch.channels_last)
+            with torch.set_grad_enabled(trained is self.network):
+                features_BE = self.network.encoder(views_BCHW)
+            logits_BK = self.network.head(features_BE)
+        losses_B = nn.functional.cross_entropy(
+            logits_BK.float(), self.labelled.labels_N[positions_B], reduction="none", label_smoothing=self.params.label_smoothing
+        )
+        # Over the number of images, not over their weights as torch does: a batch of rare classes is to count more.
+        return (losses_B * self.labelled.weights_N[positions_B]).mean()
 
+    def _validate(self) -> float:
+        """The watched score on the validation images, each taken as `predict` takes it."""
+        assert self.judged is not None
+        found_NK = torch.from_numpy(self.tuned.predict(self.judged.images, self.judged.rows))
+        labels_N = self.judged.labels_N.cpu()
+        if self.params.watched == "loss":
+            return float(nn.functional.nll_loss(found_NK.clamp_min(1e-12).log(), labels_N))
+        score = accuracy if self.params.watched == "accuracy" else balanced_accuracy
+        return score(found_NK.double().numpy(), labels_N.numpy())
 
-def _train(
-    network: Classifier, trained: nn.Module, labelled: _Labelled, view: RandomView, params: FineTuneParams,
-    optimiser_params: OptimiserParams, schedule: ScheduleParams, epochs: tuple[int, int], seed: int,
-) -> None:  # fmt: skip
-    """Trains `trained` (the head or all) over the epochs from the first to before the last."""
-    network.eval() if trained is network.head else network.train()
-    optimiser = build_optimiser(trained, optimiser_params)
-    steps_per_epoch = -(-len(labelled) // params.batch_size)
-    total, done = (epochs[1] - epochs[0]) * steps_per_epoch, 0
-    for epoch in range(*epochs):
-        total_loss = torch.zeros((), device=labelled.device)
-        for step, positions_B in enumerate(labelled.batches(params.batch_size, generator_for("finetune", "order", seed, epoch))):
-            rate = apply_rate(optimiser, scheduled(schedule, done, total, steps_per_epoch))
-            stored_BHWC = _read(labelled.images, labelled.rows[positions_B.numpy()], labelled.device)
-            views_BCHW = view(stored_BHWC, seed=seed, step=epoch * steps_per_epoch + step)
-            loss = _loss(network, trained, views_BCHW, positions_B.to(labelled.device), labelled, params)
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            total_loss += loss.detach()
-            done += 1
-        if not bool(torch.isfinite(total_loss)):
-            raise NonFiniteLoss(
-                f"fine-tuning seed {seed}: the loss is not finite in epoch {epoch + 1} (learning rate {rate:.3g}): lower it"
-            )
+    def _find(self, trained: nn.Module, optimiser_params: OptimiserParams) -> RangeTest:
+        """The range test, after which the network is as it was."""
+        before = copy.deepcopy(self.network.state_dict())
+        optimiser = build_optimiser(trained, optimiser_params)
+        self.network.train(trained is self.network)
+        batches: list[Tensor] = []
+        steps = 0
 
+        def step(rate: float) -> float:
+            nonlocal steps
+            if not batches:
+                order = generator_for("finetune", "finder", self.seed, steps)
+                batches.extend(self.labelled.batches(self.params.batch_size, order))
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            steps += 1
+            return float(self._step(trained, optimiser, batches.pop(), -steps))
 
-def _loss(
-    network: Classifier, trained: nn.Module, views_BCHW: Tensor, positions_B: Tensor, labelled: _Labelled, params: FineTuneParams
-) -> Tensor:
-    reduced = params.precision == "bfloat16"
-    with torch.autocast(labelled.device.type, torch.bfloat16, enabled=reduced):
-        views_BCHW = views_BCHW.contiguous(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(trained is network):
-            features_BE = network.encoder(views_BCHW)
-        logits_BK = network.head(features_BE)
-    losses_B = nn.functional.cross_entropy(
-        logits_BK.float(), labelled.labels_N[positions_B], reduction="none", label_smoothing=params.label_smoothing
-    )
-    # Over the number of images, not over their weights as torch does: a batch of rare classes is to count more.
-    return (losses_B * labelled.weights_N[positions_B]).mean()
-
-
-def _read(images: ResidentImages, rows: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Stored images (B, H, W, C) uint8 on the device."""
-    return torch.from_numpy(np.ascontiguousarray(images.images[rows])).to(device)
+        found = range_test(step)
+        self.network.load_state_dict(before)
+        return found

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from medssl.views.draws import Cutout, Draws, draw, draw_cutout, generator_for
 from medssl.views.kernels import normalise, to_unit
-from medssl.views.make import MultiViews, RandomView, TwoViews, augment, eval_view
+from medssl.views.make import ContentView, MultiViews, RandomView, TwoViews, augment, eval_view
 from medssl.views.params import ViewParams
 from medssl.views.presets import PRESETS
 from medssl.views.sheet import view_sheet
 
 __all__ = [
     "PRESETS",
+    "ContentView",
     "Cutout",
     "Draws",
     "MultiViews",

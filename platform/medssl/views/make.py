@@ -5,6 +5,7 @@ Shapes: B images of this rank, C channels, H, W stored height and width, h, w th
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,30 @@ class RandomView:
         """(B, H, W, C) uint8 -> (B, C, h, w) float32; see :class:`TwoViews` for the arguments."""
         unit_BCHW, place = _open(images_BHWC, self.encoder, seed, step, first, total)
         return _make(unit_BCHW, self.params, self.encoder, self.view, place)
+
+
+class ContentView:
+    """Augmented views whose draws come from each image's own bytes (test-time augmentation): no matter what others are with it.
+
+    Raises RecipeError where the parameters ask for small crops.
+    """
+
+    def __init__(self, params: ViewParams, encoder: EncoderParams) -> None:
+        _refuse_small_crops(params)
+        self.params, self.encoder = params, encoder
+
+    def __call__(self, images_BHWC: Tensor, number: int) -> Tensor:
+        """(B, H, W, C) uint8 -> view `number` of each, (B, C, h, w) float32."""
+        _check_channels(images_BHWC, self.encoder)
+        unit_BCHW = to_unit(images_BHWC)
+        height, width = unit_BCHW.shape[2:]
+        keys = [hashlib.sha256(image.numpy()).hexdigest() for image in images_BHWC.cpu().contiguous()]
+        draws = [draw(self.params, 0, 1, height, width, generator_for("content", key, number)) for key in keys]
+        cutouts = [draw_cutout(self.params, 1, generator_for("content cutout", key, number)) for key in keys]
+        return augment(
+            unit_BCHW, Draws._make(map(torch.cat, zip(*draws, strict=True))), self.params, self.encoder,
+            Cutout._make(map(torch.cat, zip(*cutouts, strict=True))) if self.params.cutout > 0 else None,
+        )  # fmt: skip
 
 
 class TwoViews:

@@ -1,0 +1,156 @@
+"""How features are judged: the evaluation protocols of a recipe, and the search over learning rate and weight decay."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from medssl.errors import nearest
+from medssl.metrics import METRICS
+from medssl.params import Params
+from medssl.probes.knn import KnnParams
+from medssl.probes.linear import LinearProbeParams
+from medssl.probes.mlp import MlpProbeParams
+from medssl.training.finetune import FineTuneParams
+from medssl.views import ViewParams
+
+NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
+"""Pattern of the names that users give."""
+
+
+def check_metric(name: str) -> None:
+    """Raises ValueError with the nearest name when there is no such metric."""
+    if name not in METRICS:
+        raise ValueError(f"unknown metric '{name}': {nearest(name, METRICS)}")
+
+
+class Search(Params):
+    """Search over learning rate and weight decay, judged on the validation split only, the same for every arm.
+
+    It runs on the arm's first pretraining seed and the first label draw, once per arm and protocol.
+    """
+
+    sampler: Literal["grid", "tpe"] = "grid"
+    """grid: every pair once. tpe: Optuna's tree-structured Parzen estimator between the smallest and largest values."""
+    learning_rate: tuple[float, ...] = Field((1e-2,), min_length=1)
+    """Learning rates; one value and one weight decay mean no search."""
+    weight_decay: tuple[float, ...] = Field((0.0,), min_length=1)
+    """Weight decays."""
+    trials: int | None = Field(None, ge=1)
+    """Points that tpe tries; not for grid, which tries all."""
+    metric: str = "balanced_accuracy"
+    """Metric on the validation split that is maximised."""
+    head_seeds: int = Field(3, ge=1)
+    """Head seeds whose mean score is a point's score."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Search:
+        check_metric(self.metric)
+        if min(self.learning_rate) <= 0 or min(self.weight_decay) < 0:
+            raise ValueError("learning rates must be above 0 and weight decays 0 or more")
+        if (self.sampler == "tpe") != (self.trials is not None):
+            raise ValueError("trials is needed for sampler tpe and refused for grid")
+        return self
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to search: one pair of values is taken as it is."""
+        return self.sampler == "tpe" or self.points > 1
+
+    @property
+    def points(self) -> int:
+        """Trials of the search."""
+        return self.trials or len(self.learning_rate) * len(self.weight_decay)
+
+
+class ProtocolBase(Params):
+    """What every evaluation protocol has."""
+
+    name: str = Field(pattern=NAME)
+    """Name of the protocol in tables and comparisons."""
+    head_seeds: int = Field(35, ge=1)
+    """Independent heads (fine-tunings) per pretraining seed and label draw."""
+    pretraining_seeds: int | None = Field(None, ge=1)
+    """Evaluate only the first so many pretraining seeds; null all."""
+    label_draws: int | None = Field(None, ge=1)
+    """Evaluate only the first so many label draws; null all."""
+    search: Search = Search()
+    """Search space of learning rate and weight decay."""
+
+    @property
+    def fixed_point(self) -> dict[str, float] | None:
+        """What the heads are trained with where nothing is searched for; None where a search says."""
+        search = self.search
+        return None if search.needed else {"learning_rate": search.learning_rate[0], "weight_decay": search.weight_decay[0]}
+
+
+class LinearProbe(ProtocolBase):
+    """A linear classifier on frozen features; all heads train in lockstep."""
+
+    kind: Literal["linear_probe"] = "linear_probe"
+    """Which protocol this is."""
+    probe: LinearProbeParams = LinearProbeParams()
+    """Training of the heads."""
+
+
+class MlpProbe(ProtocolBase):
+    """A classifier of two layers on frozen features (paper 001); all heads train in lockstep."""
+
+    kind: Literal["mlp_probe"] = "mlp_probe"
+    """Which protocol this is."""
+    probe: MlpProbeParams = MlpProbeParams()
+    """Training of the heads."""
+
+
+class Knn(ProtocolBase):
+    """The nearest labelled images vote, by cosine similarity of frozen features; nothing is trained, so one seed is all."""
+
+    kind: Literal["knn"] = "knn"
+    """Which protocol this is."""
+    head_seeds: int = Field(1, ge=1, le=1)
+    """1: without training there is no chance in a head."""
+    probe: KnnParams = KnnParams()
+    """The votes."""
+
+    @model_validator(mode="after")
+    def _searches_nothing(self) -> Knn:
+        if self.search != Search():
+            raise ValueError(f"protocol '{self.name}': kNN trains nothing, so there is no search: leave it out")
+        return self
+
+    @property
+    def fixed_point(self) -> dict[str, float]:
+        """Nothing is trained."""
+        return {}
+
+
+class FineTune(ProtocolBase):
+    """The whole network trained on the labels; each seed is a trial of its own."""
+
+    kind: Literal["fine_tune"] = "fine_tune"
+    """Which protocol this is."""
+    training: FineTuneParams = FineTuneParams()
+    """Training of network and head."""
+
+    @model_validator(mode="after")
+    def _one_source_of_rates(self) -> FineTune:
+        if self.training.learning_rate_finder and (self.search.sampler == "tpe" or len(set(self.search.learning_rate)) > 1):
+            raise ValueError(
+                f"protocol '{self.name}': the learning-rate finder picks each seed's rate: give search.learning_rate one value"
+            )
+        return self
+
+
+Probe = LinearProbe | MlpProbe | Knn
+"""Protocols on frozen features."""
+Protocol = Annotated[LinearProbe | MlpProbe | Knn | FineTune, Field(discriminator="kind")]
+KINDS = ("linear_probe", "mlp_probe", "knn", "fine_tune")
+"""Of protocols."""
+
+
+def views_of(protocol: Protocol) -> ViewParams | None:
+    """Augmentation of the labelled images; None where a protocol has none."""
+    if protocol.kind == "fine_tune":
+        return protocol.training.views
+    return None if protocol.kind == "knn" else protocol.probe.bank_views
