@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError, nearest
-from medssl.metrics import METRICS
+from medssl.metrics import LOWER_IS_BETTER, METRICS, SCORES
 from medssl.networks.encoder import EncoderParams
 from medssl.networks.surgery import SurgeryParams
 from medssl.objectives import ObjectiveParams
@@ -30,8 +30,8 @@ _NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 
 def check_metric(name: str) -> None:
     """Raises ValueError with the nearest name when there is no such metric."""
-    if name not in METRICS:
-        raise ValueError(f"unknown metric '{name}': {nearest(name, METRICS)}")
+    if name not in SCORES:
+        raise ValueError(f"unknown metric '{name}': {nearest(name, SCORES)}")
 
 
 class ImageParams(Params):
@@ -170,6 +170,9 @@ class Search(Params):
     @model_validator(mode="after")
     def _consistent(self) -> Search:
         check_metric(self.metric)
+        if self.metric in LOWER_IS_BETTER:
+            fitting = ", ".join(sorted(set(SCORES) - LOWER_IS_BETTER))
+            raise ValueError(f"a search takes the highest {self.metric}, of which less is better: choose from {fitting}")
         if min(self.learning_rate) <= 0 or min(self.weight_decay) < 0:
             raise ValueError("learning rates must be above 0 and weight decays 0 or more")
         if (self.sampler == "tpe") != (self.trials is not None):
@@ -286,6 +289,8 @@ class Comparison(Params):
     @model_validator(mode="after")
     def _consistent(self) -> Comparison:
         check_metric(self.metric)
+        if self.metric not in METRICS:
+            raise ValueError(f"comparison metric '{self.metric}' has no nested bootstrap: choose from {', '.join(METRICS)}")
         return self
 
 
@@ -298,6 +303,42 @@ class Bootstrap(Params):
     """Level of the interval."""
     seed: int = Field(0, ge=0)
     """Seed of the resampling."""
+
+
+class ReportParams(Params):
+    """What the report says of the predictions beside the scores; nothing here changes an evaluation."""
+
+    specificity: float = Field(0.95, gt=0, lt=1)
+    """Specificity at which the sensitivity for each class is given."""
+    decision_class: str | None = None
+    """Class against the rest whose decision curve is drawn: the net benefit of acting on its probability; null none."""
+    deployment_prior: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Frequency of each class where the classifier is to be used: scores as they would be there stand beside the measured ones.
+    Shares or counts, one for every class; null none."""
+    subgroups: tuple[str, ...] = ()
+    """Further columns of the dataset (site, device, sex, age ...): every metric by their values."""
+    bands: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    """Limits at which a column of `subgroups` that holds numbers is cut, ascending: {age: [40, 60]}."""
+    smallest_group: int = Field(20, ge=2)
+    """Groups of fewer images are counted, not scored."""
+    embedding_map: bool = True
+    """t-SNE of the judged images' features, of each arm that a probe judges."""
+    images: bool = False
+    """Whether images of the dataset (the errors that were made most confidently) stand in the report."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ReportParams:
+        twice = next((name for name in self.subgroups if self.subgroups.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"subgroups names column '{twice}' twice")
+        for name, limits in self.bands.items():
+            if name not in self.subgroups:
+                raise ValueError(f"bands cuts column '{name}', which subgroups does not name: add it there")
+            if list(limits) != sorted(set(limits)):
+                raise ValueError(f"bands of '{name}' are {list(limits)}: limits ascend, each once")
+        if self.deployment_prior is not None and sum(share > 0 for share in self.deployment_prior.values()) < 2:
+            raise ValueError("deployment_prior has fewer than two classes above 0: there is nothing to tell apart")
+        return self
 
 
 class Compute(Params):
@@ -355,6 +396,8 @@ class Recipe(Params):
     """Claims to test."""
     bootstrap: Bootstrap = Bootstrap()
     """Intervals of the comparisons."""
+    report: ReportParams = ReportParams()
+    """What the report says of the predictions."""
     compute: Compute = Compute()
     """Where it runs."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medssl.metrics import LOWER_IS_BETTER
 from medssl.stages.report_data import (
     BOOTSTRAP,
     COLUMNS,
@@ -22,7 +23,6 @@ from medssl.stages.report_data import (
 )
 from medssl.stages.report_page import Column, Table
 from medssl.stages.report_text import (
-    LOWER_IS_BETTER,
     NONE,
     as_float,
     cell,
@@ -73,9 +73,11 @@ def result_table(data: ReportData, protocol: str) -> Table | None:
     columns.append(Column("n", "seeds × draws × heads", True))
     caption = (
         f"{title_of(protocol)}, {data.judged} split: mean ± standard deviation over all n scores (pretraining seeds × label "
-        "draws × head seeds). Bold: the highest mean, which is not yet a claim; the comparisons below say what is."
+        "draws × head seeds). Bold: the best mean, which is not yet a claim; the comparisons below say what is."
     )
     caption += " AUC is one-vs-rest, averaged over classes." if "auc" in metrics else ""
+    lower = [metric_title(m) for m in metrics if m in LOWER_IS_BETTER]
+    caption += f" Lower is better: {', '.join(lower)}." if lower else ""
     return Table(caption, columns, lines, frozenset(bold))
 
 

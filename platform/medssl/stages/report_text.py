@@ -11,8 +11,8 @@ METRIC_TITLES = {
     "f1_weighted": "weighted F1",
     "f1_macro": "macro F1",
     "auc": "AUC",
+    "expected_calibration_error": "calibration error (ECE)",
 }
-LOWER_IS_BETTER = {"log_loss", "brier", "ece", "calibration_error"}
 NONE = "–"
 """Stands where there is no number."""
 

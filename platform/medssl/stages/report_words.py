@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from medssl.metrics import LOWER_IS_BETTER
 from medssl.stages.report_data import (
     BOOTSTRAP,
     SAME_AGAINST_SAME,
@@ -21,7 +22,6 @@ from medssl.stages.report_data import (
 from medssl.stages.report_page import Text
 from medssl.stages.report_tables import complete, on_edge, same_against_same
 from medssl.stages.report_text import (
-    LOWER_IS_BETTER,
     as_float,
     interval,
     metric_title,
@@ -47,6 +47,14 @@ MEANINGS = {
     "auc": (
         "AUC (one-vs-rest) is the chance that an image of a class is ranked above an image of another class, averaged "
         "over classes; 0.5 is guessing."
+    ),
+    "average_precision": (
+        "Average precision is the precision averaged over the thresholds that find one image of a class after the other, "
+        "averaged over classes; guessing gives a class's share of the images."
+    ),
+    "expected_calibration_error": (
+        "The calibration error (ECE) is how far the classifier's confidence is from the share of images that it names correctly; "
+        "lower is better."
     ),
 }
 
