@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 
 from medssl.artifacts import STUDIES, artifact_name, digest_json, folder, publish
 from medssl.errors import MissingKey
+from medssl.judging import judge
+from medssl.metrics import SCORES
+from medssl.pictures import confident_mistakes, embedding_maps
 from medssl.recipe import Arm, Comparison, Recipe
 from medssl.recipe_file import dump
 from medssl.stages.report import format_result_table, render, result_json
@@ -61,12 +64,15 @@ class StudyResult:
         return format_result_table(self.summary, self.comparisons)
 
 
-def report_name(recipe: Recipe, evaluations: Sequence[str], card: dict[str, Any]) -> str:
-    """Name of the report over these evaluations."""
+def report_name(recipe: Recipe, evaluations: Sequence[str], card: dict[str, Any], index: pd.DataFrame) -> str:
+    """Name of the report over these evaluations of a dataset with this card and index."""
     config = recipe.canonical()
     config.pop("compute")
     reported = {key: value for key, value in card.items() if key not in _NOT_REPORTED}
     inputs = {"evaluations": digest_json(list(evaluations)), "dataset": digest_json(reported)}
+    if recipe.report.subgroups:  # further columns are in no other digest
+        groups = index.loc[index["split"] == recipe.evaluation_split, list(recipe.report.subgroups)]
+        inputs["subgroups"] = digest_json(groups.astype(str).to_numpy().tolist())
     return artifact_name("report", VERSIONS["report"], config, inputs)
 
 
@@ -163,8 +169,9 @@ def _runs(study: Study, key: tuple[str, str], cells: list[Cell], labels_N: NDArr
             strict=True,
         ):
             probabilities[position] = read
-            for metric, values in scores.items():
-                values[position] = marker.facts["scores"][metric]
+            stored = marker.facts["scores"]
+            for metric, values in scores.items():  # an evaluation of an earlier medssl lacks what is newer than it
+                values[position] = stored[metric] if metric in stored else SCORES[metric](read.astype(np.float64), labels_N, None)
     return Runs(*key, scores, probabilities, labels_N, patients)
 
 
@@ -293,12 +300,13 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
     encoders = study.encoders()
     curves = histories(study.store, encoders)
     recipe = study.recipe
+    main_protocol = recipe.comparisons[0].protocol if recipe.comparisons else recipe.protocols[0].name
     return ReportData(
         study=recipe.study,
         description=recipe.description,
         split=recipe.evaluation_split,
         main_metric=recipe.comparisons[0].metric if recipe.comparisons else recipe.metrics[0],
-        main_protocol=recipe.comparisons[0].protocol if recipe.comparisons else recipe.protocols[0].name,
+        main_protocol=main_protocol,
         interval_level=recipe.bootstrap.level,
         arms=[arm_facts(recipe, arm) for arm in recipe.arms],
         datasets=[dataset_facts(study.dataset, recipe)],
@@ -311,6 +319,9 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
         monitors=monitors(study.store, encoders),
         range_tests=range_tests(study.store, encoders),
         confusions=_confusions(study, runs),
+        **judge(recipe, study.specs, runs),
+        embeddings=embedding_maps(study),
+        mistakes=confident_mistakes(study, runs, main_protocol),
         view_sheets=view_sheets(study.store, encoders),
         recipe_yaml=dump(recipe),
         overrides=study.overrides,

@@ -20,6 +20,7 @@ from medssl.artifacts import Marker, finished, read_marker, read_markers
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.errors import DataError, MedsslError, RecipeError, StoreError
 from medssl.events import Event, OnEvent
+from medssl.judging import check_report
 from medssl.leases import Lease, lease
 from medssl.mixes import Source, check_splits, joined_index
 from medssl.mixes import shown as all_shown
@@ -82,6 +83,7 @@ class Study:
         self.specs = Specs(recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others)
         self._check_splits()
         self._check_neighbours()
+        check_report(recipe, self.specs)
         self._check_pretrainings()
         self._finished = finished(store)
         self._markers: dict[str, Marker] = {}
@@ -209,7 +211,7 @@ class Study:
             if specs is None or not all(self.is_finished(s) for s in specs.values()):
                 return None
             names += [s.name for s in specs.values()]
-        return report_name(self.recipe, names, self.dataset.card)
+        return report_name(self.recipe, names, self.dataset.card, self.specs.index)
 
     def plan(self) -> list[PlanLine]:
         """The stages with their state and cost."""

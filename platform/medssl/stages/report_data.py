@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medssl.calibration import Reliability
 from medssl.training.finder import RangeTest
 
 BOOTSTRAP = "nested bootstrap"
@@ -25,6 +26,15 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "comparisons": ("better", "than", "protocol", "metric", "difference", "low", "high", "p", "test"),
     "searches": ("arm", "protocol", "learning_rate", "weight_decay", "score", "best", "on_edge"),
+    "class_scores": (
+        "arm", "protocol", "class", "images", "precision", "recall", "f1", "auc", "average_precision", "sensitivity",
+    ),
+    "calibration": ("arm", "protocol", "confidence", "accuracy", "ece", "brier", "ece_corrected", "brier_corrected"),
+    "priors": ("arm", "protocol", "metric", "measured", "as_it_is", "corrected"),
+    "units": ("unit", "arm", "protocol", "metric", "per_image", "per_unit"),
+    "subgroups": (
+        "column", "group", "arm", "protocol", "metric", "images", "patients", "classes", "score", "low", "high",
+    ),
 }  # fmt: skip
 """Columns of the frames. A frame may have more; a missing column reads as empty."""
 
@@ -99,6 +109,59 @@ class SameAgainstSame:
     threshold: float = 0.01
 
 
+@dataclass(frozen=True)
+class UnitFacts:
+    """How the judged images lie in patients or in bags (lesions, cases)."""
+
+    unit: str
+    """patient or bag."""
+    units: int
+    """Scored ones; an image whose unit is not known is one of its own."""
+    images: int
+    """Images of the scored ones."""
+    several: int
+    """Scored ones with more than one image."""
+    torn: int
+    """Left out because their images have different labels."""
+    torn_images: int
+
+
+@dataclass(frozen=True, eq=False)
+class DecisionCurves:
+    """Net benefit of acting on the probability of one class, mean over the runs; class frequencies that class weights took out of
+    the training are put back first."""
+
+    class_name: str
+    share: float
+    """Of the judged images that are of the class."""
+    thresholds_T: NDArray[np.floating]
+    all_T: NDArray[np.floating]
+    """Of acting on every image."""
+    models: Mapping[tuple[str, str], NDArray[np.floating]]
+    """(T,) by (arm, protocol)."""
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingMap:
+    """Judged images where t-SNE puts their features."""
+
+    points_N2: NDArray[np.floating]
+    labels_N: NDArray[np.integer]
+    classes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that an arm names wrongly and confidently."""
+
+    image_id: str
+    label: str
+    predicted: str
+    confidence: float
+    """Mean probability of `predicted` over the runs."""
+    png: bytes
+
+
 @dataclass(frozen=True, eq=False)
 class ReportData:
     """Everything a report shows. Frames have the columns of `COLUMNS`; all but `study` may be empty."""
@@ -136,6 +199,30 @@ class ReportData:
     """Range tests of the learning-rate finder by (arm, pretraining seed)."""
     confusions: Mapping[tuple[str, str], Confusion] = field(default_factory=dict)
     """By (arm, protocol)."""
+    class_scores: pd.DataFrame = field(default_factory=lambda: empty("class_scores"))
+    """Scores of each class against the rest, mean over the runs; precision over those that predict the class at all."""
+    specificity: float = 0.95
+    """That `sensitivity` in the class scores is at."""
+    calibration: pd.DataFrame = field(default_factory=lambda: empty("calibration"))
+    """Mean over the runs: confidence, accuracy, expected calibration error and Brier score; the last two also with the class
+    frequencies of the labelled images put back, NaN where class weights did not take them out."""
+    reliabilities: Mapping[tuple[str, str], tuple[Reliability, Reliability | None]] = field(default_factory=dict)
+    """All runs' predictions together by (arm, protocol): as they are, and with the class frequencies put back."""
+    deployment_prior: Mapping[str, float] = field(default_factory=dict)
+    """Share of each class where the classifier is to be used."""
+    priors: pd.DataFrame = field(default_factory=lambda: empty("priors"))
+    """Scores as measured, and with images weighed to the deployment prior: probabilities as they are, and corrected for it."""
+    decisions: DecisionCurves | None = None
+    units: pd.DataFrame = field(default_factory=lambda: empty("units"))
+    """Scores per image and per patient or bag, over the same images."""
+    unit_facts: Sequence[UnitFacts] = ()
+    subgroups: pd.DataFrame = field(default_factory=lambda: empty("subgroups"))
+    """Scores by group of a column, with intervals over patients; NaN for groups of fewer images than `smallest_group`."""
+    smallest_group: int = 1
+    embeddings: Mapping[str, EmbeddingMap] = field(default_factory=dict)
+    """By arm."""
+    mistakes: Mapping[str, Sequence[Mistake]] = field(default_factory=dict)
+    """By arm, under the main protocol, the most confident first; empty unless the recipe allows images in reports."""
     view_sheets: Mapping[str, bytes] = field(default_factory=dict)
     """A PNG of augmented views by arm."""
     feeding: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -157,7 +244,6 @@ class ReportData:
     def judged(self) -> str:
         """The split in words: test or validation."""
         return {"val": "validation"}.get(self.split, self.split)
-
 
 
 def arm_order(data: ReportData) -> list[str]:
