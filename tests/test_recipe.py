@@ -39,7 +39,10 @@ def test_shipped_recipes_are_valid_and_open_with_a_header(path: Path) -> None:
     assert path.read_text().startswith("#")
 
 
-@pytest.mark.parametrize("report", [{}, {"subgroups": ["age"], "bands": {"age": [40, 60.5]}, "deployment_prior": {"a": 1, "b": 3}}])
+BLOCK = {"subgroups": ["age"], "bands": {"age": [40, 60.5]}, "deployment_prior": {"a": 1, "b": 3}}
+
+
+@pytest.mark.parametrize("report", [{}, BLOCK])
 def test_dump_and_load_are_inverse(tmp_path: Path, report: dict[str, Any]) -> None:
     recipe = load(raw(report=report))
     path = tmp_path / "r.yaml"

@@ -38,8 +38,9 @@ def believed(data: ReportData) -> list[Block | None]:
 
 
 def _keys_in_order(data: ReportData, keys: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(arm, protocol) in the order of protocols, then arms, of those in `keys`."""
-    return [(a, p) for p in protocol_order(data) for a in arm_order(data) if (a, p) in keys]
+    """(arm, protocol) in the order of protocols, then arms, of those in `keys`; what neither order knows comes last."""
+    ordered = [(a, p) for p in protocol_order(data) for a in arm_order(data) if (a, p) in keys]
+    return ordered + sorted(set(keys) - set(ordered))
 
 
 def reliability_plots(data: ReportData) -> Figure | None:
@@ -147,7 +148,7 @@ def decision_plots(data: ReportData) -> Figure | None:
     keys = _keys_in_order(data, curves.models) if curves is not None else []
     if curves is None or not keys:
         return None
-    arms = [arm for arm in arm_order(data) if any(name == arm for name, _ in keys)]
+    arms = list(dict.fromkeys(arm for arm, _ in keys))
     panels = [_decision_panel(data, curves, protocol, arms) for protocol in dict.fromkeys(p for _, p in keys)]
     legend = [Key(arm, svg.swatch(svg.colour(i), svg.dash(i), line=True)) for i, arm in enumerate(arms)]
     legend.append(Key("act on every image", svg.swatch(svg.SOFT, "1 2", line=True)))

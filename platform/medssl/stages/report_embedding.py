@@ -19,7 +19,7 @@ _REST = "#9a9a9a"
 
 def embedding_maps(data: ReportData) -> Figure | None:
     """A panel an arm: where t-SNE puts the judged images' features, marked by class."""
-    arms = [arm for arm in arm_order(data) if arm in data.embeddings]
+    arms = [arm for arm in arm_order(data) if arm in data.embeddings] + sorted(set(data.embeddings) - set(arm_order(data)))
     if not arms:
         return None
     first = data.embeddings[arms[0]]
@@ -57,7 +57,8 @@ def _map_panel(arm: str, found: EmbeddingMap, named: list[int]) -> Markup:
 
 def confident_mistakes(data: ReportData) -> Figure | None:
     """Thumbnails of the images that each arm names wrongly and confidently; nothing where the recipe shows no images."""
-    arms = [arm for arm in arm_order(data) if data.mistakes.get(arm)]
+    order = arm_order(data)
+    arms = [arm for arm in [*order, *sorted(set(data.mistakes) - set(order))] if data.mistakes.get(arm)]
     if not arms:
         return None
     panels = []
