@@ -45,7 +45,7 @@ def test_the_report_holds_what_the_predictions_say(place: Path) -> None:
     result = build_report(study)
     saved = study.store.sub("studies/judged")
     html = saved.read("report.html").decode()
-    for title in ("Can the probabilities be believed?", "Per patient", "Subgroups", "What the features look like"):
+    for title in ("Can the probabilities be believed?", "Per patient and per bag", "Subgroups", "What the features look like"):
         assert f"<h2>{title}</h2>" in html
     assert "most confident mistakes" not in html  # images stand in no report that was not told to show them
     frame = pd.read_csv(io.BytesIO(saved.read("class_scores.csv")))

@@ -1,6 +1,6 @@
 """Groups of images by what is known of them (site, device, sex, age band ...), and how sure a score of a group is.
 
-Shapes: N images, M models (runs), K classes.
+Shapes: N images.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def compose(data: ReportData) -> Page:
         ("seeds", "Scores over seeds", _seeds),
         ("classes", "Class by class", _classes),
         ("believed", "Can the probabilities be believed?", believed),
-        ("units", "Per patient", judged.units),
+        ("units", "Per patient and per bag", judged.units),
         ("subgroups", "Subgroups", judged.subgroups),
         ("embedding", "What the features look like", lambda d: [pictures.embedding_maps(d)]),
         ("mistakes", "The most confident mistakes", lambda d: [pictures.confident_mistakes(d)]),
