@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -20,11 +21,13 @@ from medssl.artifacts import publish
 from medssl.claims import PLANNED, Planned, detectable, evaluated, fix_claims
 from medssl.datasets.card import FORMAT
 from medssl.errors import RecipeError, StoreError
+from medssl.metrics import METRICS
 from medssl.recipe import Comparison, Recipe
 from medssl.recipe_file import load
 from medssl.runner import Runner
+from medssl.stages.report_data import BOOTSTRAP, EQUIVALENCE, NOT_REPORTED, WELCH
 from medssl.stages.specs import Spec
-from medssl.statistics import smallest_detectable_difference, smallest_equivalence_margin
+from medssl.statistics import holm, smallest_detectable_difference, smallest_equivalence_margin
 from medssl.store import Store, open_store
 from medssl.study import Study
 
@@ -69,7 +72,8 @@ def dataset(store: Store) -> Store:
     images.to_parquet(buffer)
     data = buffer.getvalue()
     card = {
-        "format": FORMAT, "name": "d", "images": 60, "classes": ["a", "b"], "digests": {"images": "x", "labels": "y"},
+        "format": FORMAT, "name": "d", "images": 60, "splits": {"train": 30, "val": 13, "test": 17}, "classes": ["a", "b"],
+        "digests": {"images": "x", "labels": "y"},
         "shards": [], "index": {"path": "index.parquet", "sha256": hashlib.sha256(data).hexdigest()},
     }  # fmt: skip
     store.write("datasets/d/index.parquet", data)
@@ -174,6 +178,66 @@ def test_evaluations_that_are_there_already_are_counted(dataset: Store) -> None:
     assert fix_claims(dataset, again.recipe, partial(evaluated, again)).evaluated_before == 3
 
 
+def finish(store: Store, study: Study) -> None:
+    """What encoders, features and evaluations leave, as far as a report reads it: scores and predictions of no meaning."""
+
+    def made(spec: Spec, files: dict[str, bytes], **facts: Any) -> None:
+        publish(
+            store, spec.name, stage=spec.stage, version=spec.version, config=spec.config, inputs=spec.inputs,
+            files=files, facts=facts,
+        )  # fmt: skip
+
+    for arm in study.recipe.arms:
+        for seed in study.specs.pretraining_seeds(arm):
+            encoder = study.specs.encoder(arm, seed)
+            if encoder is not None:
+                made(encoder, {"encoder.safetensors": f"{arm.name} {seed}".encode()})
+                study.refresh()
+            features = study.embed_spec(arm, seed, study.recipe.protocols[0])
+            assert features is not None
+            made(features, {"features.npy": f"{arm.name} {seed}".encode()})
+    study.refresh()
+    labels, rng = study.specs.labels(study.specs.rows("test")), np.random.default_rng(0)
+    for cell in study.specs.cells():
+        for spec in (study.evaluations(cell) or {}).values():
+            probabilities = rng.dirichlet([1, 1], size=len(labels))
+            buffer = io.BytesIO()
+            pd.DataFrame({"p_a": probabilities[:, 0], "p_b": probabilities[:, 1]}).to_parquet(buffer)
+            scores = {metric: METRICS[metric](probabilities, labels, None) for metric in study.recipe.metrics}
+            made(spec, {"predictions.parquet": buffer.getvalue()}, scores=scores)
+
+
+def test_the_report_of_a_study_whose_claims_changed(
+    dataset: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First `random` over `colour` was to be tested; then another metric and a margin come in, and the first goes."""
+    arms, protocols = [{"name": "random"}, {"name": "colour", "features": "colour"}], fields()["protocols"][:1]
+    claim = {"better": "random", "than": "colour", "protocol": "probe"}
+    kept = claim | {"metric": "accuracy"}
+    small = {"arms": arms, "protocols": protocols, "bootstrap": {"replicates": 100}}
+    first = recipe(claim, kept, **small)
+    fix_claims(dataset, first, lambda: 0)
+    finish(dataset, Study(first, dataset))
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(fields(kept | {"equivalence_margin": 0.2}, claim | {"metric": "auc"}, **small)))
+    assert cli.main(["report", str(path), "--store", dataset.uri, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["comparisons"]
+    rows = [(c["test"], c["metric"], c["planned"], c["margin"]) for c in told if c["test"] != WELCH]
+    assert rows == [
+        (BOOTSTRAP, "accuracy", True, None), (EQUIVALENCE, "accuracy", False, 0.2), (BOOTSTRAP, "auc", False, None),
+        (NOT_REPORTED, "balanced_accuracy", True, None),
+    ]  # fmt: skip
+    ps = [c["p"] for c in told if c["p_holm"] is not None]
+    assert [c["p_holm"] for c in told if c["p_holm"] is not None] == pytest.approx(holm(ps).tolist()) and len(ps) == 3
+    report = dataset.read("studies/s/report.md").decode()
+    assert "before any of its evaluations. Added after the first run: the margin of 0.2 for random over colour" in report
+    assert "Planned, not reported: random over colour (probe, balanced accuracy)." in report
+    # the finished report, read back
+    assert cli.main(["run", str(path), "--store", dataset.uri, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "nothing to do" in printed.err and json.loads(printed.out)["comparisons"] == told
+
+
 def test_what_the_design_can_show(dataset: Store) -> None:
     claims = [FIRST, SECOND | {"equivalence_margin": 0.03}, FIRST | {"protocol": "tune", "metric": "auc"}]
     study = Study(recipe(*claims, bootstrap={"level": 0.9}), dataset)
@@ -207,7 +271,7 @@ def test_plan_prints_it(dataset: Store, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed[-3:-1]] == ["bt over random, probe", "bt over colour, probe"]
-    assert "had on HAM10000 (0.010 over pretraining seeds" in printed[-1] and "2 are corrected together" in printed[-1]
+    assert "had on HAM10000: 0.010 over pretraining seeds" in printed[-1] and "corrects 2 together (Holm)" in printed[-1]
     assert cli.main([*arguments, "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
     assert all(line.keys() == {"stage", "label", "state", "images", "comparisons"} for line in lines)

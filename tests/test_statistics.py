@@ -183,14 +183,14 @@ def test_nested_equivalence_of_the_pairs_is_the_paired_test() -> None:
     rng = np.random.default_rng(15)
     hits = (rng.random((2, 500)) < 0.7).astype(float)
     arms = [arm_of_hits(h[None, None, None]) for h in hits]
-    result = statistics.nested_bootstrap(*arms, np.zeros(500, int), np.arange(500), metric="accuracy", replicates=20_000)
+    result = statistics.nested_bootstrap(*arms, np.zeros(500, int), np.arange(500), metric="accuracy", replicates=6000)
     for margin in (0.03, 0.06):
         ours = statistics.nested_equivalence(result, margin)
         tests = [
             stats.ttest_1samp(hits[0] - hits[1], end, alternative=side).pvalue
             for end, side in ((-margin, "greater"), (margin, "less"))
         ]
-        assert ours.p == pytest.approx(max(tests), rel=0.1)
+        assert ours.p == pytest.approx(max(tests), rel=0.12)
 
 
 def test_arms_a_margin_apart_are_seldom_called_equivalent() -> None:

@@ -180,15 +180,15 @@ def _detectable(study: Study, comparison: Comparison, patients: int) -> Detectab
     )  # fmt: skip
 
 
-def assumptions(comparisons: int) -> str:
+def assumptions(comparisons: Sequence[Detectable]) -> str:
     """What the detectable differences rest on, in a line."""
     found = Scatter()
-    spreads = (
-        f"{found.pretraining_seed:.3f} over pretraining seeds, {found.label_draw:.3f} over label draws, {found.head_seed:.3f} "
-        f"over heads; a standard error of {found.patient:.2f}/√n over n patients"
+    text = (
+        "This assumes the standard deviations of balanced accuracy that a linear probe had on HAM10000: "
+        f"{found.pretraining_seed:.3f} over pretraining seeds, {found.label_draw:.3f} over label draws, {found.head_seed:.3f} over "
+        f"heads, and a standard error of {found.patient:.2f}/√n over n patients. Other data, metrics and protocols scatter "
+        "otherwise."
     )
-    alone = "" if comparisons == 1 else f", of one test by itself: {comparisons} are corrected together (Holm), which takes more"
-    return (
-        f"This assumes the standard deviations of balanced accuracy that a linear probe had on HAM10000 ({spreads}); other data, "
-        f"metrics and protocols scatter otherwise{alone}."
-    )
+    tests = len(comparisons) + sum(c.wanted_margin is not None for c in comparisons)
+    alone = f" Each number is of one test by itself; the report corrects {tests} together (Holm), which takes more."
+    return text + (alone if tests > 1 else "")

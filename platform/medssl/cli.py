@@ -201,7 +201,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     for comparison in comparisons:
         print(comparison.to_text())
     if comparisons:
-        print(assumptions(len(comparisons)))
+        print(assumptions(comparisons))
     return 0
 
 

@@ -360,7 +360,7 @@ class Recipe(Params):
     metrics: tuple[str, ...] = ("balanced_accuracy", "accuracy", "f1_weighted", "f1_macro", "auc")
     """Metrics on the evaluation split, in the order of the tables."""
     comparisons: tuple[Comparison, ...] = ()
-    """Claims to test."""
+    """Claims to test. The first run of a study fixes the list: reports mark what was added later and list what was dropped."""
     bootstrap: Bootstrap = Bootstrap()
     """Intervals of the comparisons."""
     compute: Compute = Compute()

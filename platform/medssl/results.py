@@ -50,7 +50,7 @@ class StudyResult:
     summary: pd.DataFrame
     """One row per arm, protocol and metric: mean, std over all runs and over each kind of repeat, and how many."""
     comparisons: pd.DataFrame
-    """One row per claim and test: difference, interval, p."""
+    """One row per claim and test: difference, interval, p, and the further columns of `report_data.COLUMNS`."""
     report_uri: str
     """URI of the HTML report."""
 

@@ -249,15 +249,15 @@ def test_result_tables_of_html_and_markdown_hold_the_summary(data: ReportData, f
 
 def test_comparisons_stand_in_html_with_the_same_test_on_equal_arms_beside(files: dict[str, bytes]) -> None:
     table = next(t for t in Reader(files["report.html"].decode()).tables if "of A/A line" in " ".join(t[0]))
-    rows = {(row[0], row[1]): row[3:] for row in table[1:]}
+    rows = {(row[0], row[1]): row[2:] for row in table[1:]}
     assert rows[("barlow_twins over random", "linear probe")] == [
-        "+0.066", "+0.041 to +0.091", "< 0.001", "< 0.001", "4.100", "< 0.001", "< 0.001", "yes",
+        "+0.066", "+0.041 to +0.091", "< 0.001 (< 0.001)", "+4.100", "< 0.001", "< 0.001",
     ]  # fmt: skip
     assert rows[("barlow_twins over random", "fine tune")] == [
-        "+0.015", "−0.022 to +0.052", "0.437", "0.437", "0.700", "0.004", "0.072", "yes",
+        "+0.015", "−0.022 to +0.052", "0.437 (0.437)", "+0.700", "0.004", "0.072",
     ]  # fmt: skip
-    assert rows[("barlow_twins over colour", "linear probe")][1:4] == ["+0.010 to +0.063", "0.008", "0.016"]
-    assert "corrected for 3 tests" in " ".join(table[0])
+    assert rows[("barlow_twins over colour", "linear probe")][1:3] == ["+0.010 to +0.063", "0.008 (0.016)"]
+    assert "p corrected for the 3 tests" in files["report.md"].decode()
 
 
 def test_every_test_is_listed_once(data: ReportData, files: dict[str, bytes]) -> None:

@@ -78,6 +78,8 @@ def test_a_clear_difference_may_be_immaterial() -> None:
     assert "smaller than the margin of 0.05 that the recipe calls immaterial (a margin added after the first run)" in text
     assert "Added after the first run: the margin of 0.05 for a over b (probe, balanced accuracy)." in text
     assert "yes; margin ±0.05 added after the first run" in text
+    planned = markdown(data(*(row | {"planned": True} for row in rows)))
+    assert "that the recipe calls immaterial: the 90% interval" in planned and "first run |" not in planned
 
 
 def test_a_difference_that_many_tests_would_find_by_chance() -> None:

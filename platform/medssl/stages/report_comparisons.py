@@ -20,7 +20,7 @@ from medssl.stages.report_data import (
     protocol_order,
 )
 from medssl.stages.report_page import Column, Table
-from medssl.stages.report_text import NONE, as_float, interval, metric_title, number3, p_value, place, signed3, title_of
+from medssl.stages.report_text import NONE, as_float, interval, metric_title, p_value, place, signed3, title_of
 
 KEYS = ("better", "than", "protocol", "metric")
 """Columns that make a claim."""
@@ -33,34 +33,39 @@ def comparison_table(data: ReportData, metrics: Sequence[str]) -> Table | None:
     kept = frame[frame["metric"].isin(list(metrics)) & frame["test"].isin([BOOTSTRAP, EQUIVALENCE, WELCH, NOT_REPORTED])]
     if kept.empty:
         return None
-    equivalence = bool((kept["test"] == EQUIVALENCE).any())
-    planned = any(is_planned(v) is not None for v in kept["planned"])
+    shown = [metric for metric in metric_order(data) if (kept["metric"] == metric).any()]
+    equivalence, tests = bool((kept["test"] == EQUIVALENCE).any()), corrected_tests(frame)
+    rows = claims(kept)
+    plans = [_plan(by_test) for _, by_test in rows]
+    marked = any(plan not in ("yes", NONE) for plan in plans)
     lines = []
-    for key, by_test in claims(kept):
+    for (key, by_test), plan in zip(rows, plans, strict=True):
         evidence, welch = by_test.get(BOOTSTRAP), by_test.get(WELCH)
         first = evidence if evidence is not None else welch
-        line = [f"{key[0]} over {key[1]}", title_of(key[2]), metric_title(key[3])]
+        line = [f"{key[0]} over {key[1]}", title_of(key[2])]
+        line += [metric_title(key[3])] if len(shown) > 1 else []
         line.append(NONE if first is None else signed3(first["difference"]))
-        line += [NONE] * 4 if evidence is None else _evidence(evidence)
-        line += [_equivalence(by_test.get(EQUIVALENCE))] if equivalence else []
+        line += [NONE] * 3 if evidence is None else _evidence(evidence, tests)
+        line += [_equivalence(by_test.get(EQUIVALENCE), tests)] if equivalence else []
         line += [NONE if welch is None else p_value(welch["p"]), _same_line(frame, key[2], key[3])]
-        line += [_plan(by_test)] if planned else []
+        line += [plan] if marked else []
         lines.append(line)
-    tests = corrected_tests(frame)
+    corrected = " (Holm)" if tests > 1 else ""
     columns = [
-        Column("comparison"), Column("protocol"), Column("metric"), Column("difference", "", True),
-        Column(f"{data.interval_level:.0%} interval", BOOTSTRAP, True), Column("p", BOOTSTRAP, True),
-        Column("p, Holm", f"corrected for {tests} tests" if tests > 1 else "one test", True),
+        Column("comparison"), Column("protocol"), *([Column("metric")] if len(shown) > 1 else []), Column("difference", "", True),
+        Column(f"{data.interval_level:.0%} interval", BOOTSTRAP, True), Column(f"p{corrected}", BOOTSTRAP, True),
         Column("Hedges' g", "over all runs", True),
-        *([Column("equivalence", "margin: p (Holm)", True)] if equivalence else []),
+        *([Column("equivalence", f"margin: p{corrected}", True)] if equivalence else []),
         Column("p", WELCH, True), Column("p of A/A line", "random against random", True),
-        *([Column("planned")] if planned else []),
+        *([Column("planned")] if marked else []),
     ]  # fmt: skip
-    return Table(_caption(data, equivalence, tests), columns, lines)
+    return Table(_caption(data, shown, equivalence, tests), columns, lines)
 
 
-def _caption(data: ReportData, equivalence: bool, tests: int) -> str:
-    caption = f"Comparisons on the {data.judged} split. The interval is the evidence. A/A: Welch's test where nothing differs."
+def _caption(data: ReportData, metrics: Sequence[str], equivalence: bool, tests: int) -> str:
+    caption = f"Comparisons on the {data.judged} split"
+    caption += f", by {metric_title(metrics[0])}." if len(metrics) == 1 else "."
+    caption += " The interval is the evidence. A/A: Welch's test where nothing differs."
     if tests > 1:
         caption += f" Holm: p corrected for the {tests} tests that this study makes on the nested bootstrap; intervals are not."
     caption += (
@@ -101,15 +106,17 @@ def margin_of(row: pd.Series) -> str:
     return f"{as_float(row['margin']):g}"
 
 
-def _evidence(row: pd.Series) -> list[str]:
-    return [interval(row["low"], row["high"]), p_value(row["p"]), p_value(row["p_holm"]), number3(row["effect_size"])]
+def _evidence(row: pd.Series, tests: int) -> list[str]:
+    return [interval(row["low"], row["high"]), _both(row, tests), signed3(row["effect_size"])]
 
 
-def _equivalence(row: pd.Series | None) -> str:
-    if row is None:
-        return NONE
-    corrected = "" if p_value(row["p_holm"]) == NONE else f" ({p_value(row['p_holm'])})"
-    return f"±{margin_of(row)}: {p_value(row['p'])}{corrected}"
+def _equivalence(row: pd.Series | None, tests: int) -> str:
+    return NONE if row is None else f"±{margin_of(row)}: {_both(row, tests)}"
+
+
+def _both(row: pd.Series, tests: int) -> str:
+    """p, and in brackets what Holm's rule makes of it where there is more than one test."""
+    return p_value(row["p"]) + (f" ({p_value(row['p_holm'])})" if tests > 1 else "")
 
 
 def _plan(by_test: Mapping[str, pd.Series]) -> str:
