@@ -20,7 +20,7 @@ PATIENTS = [f"p{n // 2}" if n % 9 else None for n in range(90)]
 CLAIMS = [
     {"better": "good", "than": "random", "protocol": "probe"},
     {"better": "good", "than": "colour", "protocol": "probe", "equivalence_margin": 0.3},
-    {"better": "random", "than": "colour", "protocol": "probe", "metric": "accuracy", "equivalence_margin": 0.05},
+    {"better": "colour", "than": "random", "protocol": "probe", "metric": "accuracy", "equivalence_margin": 0.05},
 ]
 
 
@@ -75,7 +75,8 @@ def test_rows_are_the_statistics_own(runs: dict[tuple[str, str], Runs]) -> None:
             same = statistics.nested_equivalence(expected, claim["equivalence_margin"], level=1 - 0.95)
             mine = row(found, EQUIVALENCE, claim["better"], claim["than"])
             assert (mine["p"], mine["low"], mine["high"], mine["margin"]) == (same.p, same.low, same.high, same.margin)
-    assert [r["than"] for r in found.rows if r["test"] == SAME_AGAINST_SAME] == ["random"]
+    same = [(r["than"], r["metric"]) for r in found.rows if r["test"] == SAME_AGAINST_SAME]
+    assert same == [("random", "balanced_accuracy"), ("random", "accuracy")]
 
 
 def test_everything_on_the_nested_bootstrap_is_one_family(runs: dict[tuple[str, str], Runs]) -> None:
@@ -91,7 +92,7 @@ def test_everything_on_the_nested_bootstrap_is_one_family(runs: dict[tuple[str, 
 
 def test_claims_are_marked_by_the_first_list(runs: dict[tuple[str, str], Runs]) -> None:
     claims = [Comparison(**c) for c in CLAIMS]
-    other = Comparison(better="colour", than="random", protocol="tune")
+    other = Comparison(better="random", than="colour", protocol="tune")
     narrow = claims[1].model_copy(update={"equivalence_margin": 0.01})
     planned = Planned((claims[0], narrow, other), "digest", 0)
     found = compare(recipe(*CLAIMS), runs, planned)
@@ -99,9 +100,9 @@ def test_claims_are_marked_by_the_first_list(runs: dict[tuple[str, str], Runs]) 
     assert marks == {
         (BOOTSTRAP, "good", "random"): True, (WELCH, "good", "random"): True,
         (BOOTSTRAP, "good", "colour"): True, (WELCH, "good", "colour"): True, (EQUIVALENCE, "good", "colour"): False,
-        (BOOTSTRAP, "random", "colour"): False, (WELCH, "random", "colour"): False, (EQUIVALENCE, "random", "colour"): False,
-        (NOT_REPORTED, "good", "colour"): True, (NOT_REPORTED, "colour", "random"): True,
+        (BOOTSTRAP, "colour", "random"): False, (WELCH, "colour", "random"): False, (EQUIVALENCE, "colour", "random"): False,
+        (NOT_REPORTED, "good", "colour"): True, (NOT_REPORTED, "random", "colour"): True,
     }  # fmt: skip
     assert row(found, NOT_REPORTED, "good", "colour")["margin"] == 0.01
-    assert row(found, NOT_REPORTED, "colour", "random")["protocol"] == "tune"
+    assert row(found, NOT_REPORTED, "random", "colour")["protocol"] == "tune"
     assert all(r["planned"] is None for r in compare(recipe(*CLAIMS), runs).rows if r["test"] != SAME_AGAINST_SAME)

@@ -12,6 +12,7 @@ from scipy import optimize, stats
 from medssl.statistics import (
     BootstrapResult,
     Scatter,
+    nested,
     nested_bootstrap,
     nested_equivalence,
     smallest_detectable_difference,
@@ -53,6 +54,27 @@ def test_pretraining_seeds_alone_give_welchs_power(seeds: tuple[int, int]) -> No
     rng = np.random.default_rng(0)
     first, second = (rng.normal(mean, 0.01, (20_000, n)) for mean, n in zip((difference, 0.0), seeds, strict=True))
     assert (stats.ttest_ind(first, second, axis=1, equal_var=False).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.012)
+
+
+def test_the_estimates_are_the_bootstraps_own() -> None:
+    """Scores drawn at the smallest detectable difference, judged by the bootstrap's variances and degrees of freedom.
+
+    Heads scatter most here, and few of them stand behind each encoder and draw: what they leave in those means counts too.
+    """
+    stds = Scatter(pretraining_seed=0.01, label_draw=0.01, head_seed=0.05, patient=0.1)
+    shapes = ((3, 3, 2), (4, 3, 3))
+    difference = smallest_detectable_difference((3, 4), 3, (2, 3), 50, scatter=stds)
+    rng, hits = np.random.default_rng(2), 0
+    for _ in range(3000):
+        arms = [
+            mean + rng.normal(0, 0.01, (p, 1, 1)) + rng.normal(0, 0.01 / math.sqrt(2), (1, d, 1)) + rng.normal(0, 0.05, (p, d, s))
+            for mean, (p, d, s) in zip((difference, 0.0), shapes, strict=True)
+        ]
+        people = rng.normal(0, 0.1, 50)
+        parts, freedom = nested._variances(*arms, people / math.sqrt(50), 50)  # what resampled patients would give
+        gap = arms[0].mean() - arms[1].mean() + people.mean()
+        hits += 2 * stats.t.sf(abs(gap) / math.sqrt(sum(parts.values())), freedom) < 0.05
+    assert hits / 3000 == pytest.approx(0.8, abs=0.025)
 
 
 def simulated(rng: np.random.Generator, truth: float, design: dict[str, Any], stds: Scatter) -> BootstrapResult:

@@ -185,8 +185,8 @@ def assumptions(comparisons: Sequence[Detectable]) -> str:
     found = Scatter()
     text = (
         "This assumes the standard deviations of balanced accuracy that a linear probe had on HAM10000: "
-        f"{found.pretraining_seed:.3f} over pretraining seeds, {found.label_draw:.3f} over label draws, {found.head_seed:.3f} over "
-        f"heads, and a standard error of {found.patient:.2f}/√n over n patients. Other data, metrics and protocols scatter "
+        f"{found.pretraining_seed:.3f} over pretraining seeds, {found.label_draw:.3f} over label draws, {found.head_seed:.3f} "
+        f"over heads, and a standard error of {found.patient:.2f}/√n over n patients. Other data, metrics and protocols scatter "
         "otherwise."
     )
     tests = len(comparisons) + sum(c.wanted_margin is not None for c in comparisons)

@@ -125,6 +125,16 @@ def test_claims_added_and_dropped_are_marked_everywhere() -> None:
     assert frame["planned"].tolist() == [True, True, False, True]
 
 
+def test_a_margin_that_was_dropped_is_named() -> None:
+    rows = [
+        line("a", "b", CLEAR, BOOTSTRAP, p_holm=0.01, planned=True),
+        line("a", "b", (np.nan,) * 4, NOT_REPORTED, margin=0.02, planned=True),
+    ]
+    text = markdown(data(*rows))
+    assert "| yes; margin ±0.02 planned, not reported |" in text
+    assert "Planned, not reported: the margin of 0.02 for a over b (probe, balanced accuracy)." in text
+
+
 def test_a_list_that_came_after_evaluations_says_so() -> None:
     text = markdown(data(line("a", "b", CLEAR, BOOTSTRAP, p_holm=0.01, planned=True), before=12))
     assert "By then 12 evaluations of its arms had been made in this store" in text and "with their scores in view" in text
