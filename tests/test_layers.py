@@ -18,7 +18,7 @@ LEVELS = {
     1: "objectives checkpoint training",
     2: "recipe recipe_file mixes streams rows bag_rows",
     3: "stages",
-    4: "results judging pictures runner study quickstart starter submit",
+    4: "claims comparing judging pictures results runner study quickstart starter submit",
     5: "console cli __main__",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}

@@ -35,7 +35,7 @@ from medssl.stages.specs import Specs
 from medssl.subgroups import groups_of, patient_interval
 
 if TYPE_CHECKING:
-    from medssl.results import Runs
+    from medssl.comparing import Runs
 
     AllRuns = Mapping[tuple[str, str], Runs]
 

@@ -18,8 +18,8 @@ from medssl.judging import models_of
 from medssl.stages.report_data import EmbeddingMap, Mistake
 
 if TYPE_CHECKING:
+    from medssl.comparing import Runs
     from medssl.recipe import Arm, Probe
-    from medssl.results import Runs
     from medssl.study import Study
 
 MAP_POINTS = 1000

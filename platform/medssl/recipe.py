@@ -285,6 +285,9 @@ class Comparison(Params):
     """Protocol whose scores are compared."""
     metric: str = "balanced_accuracy"
     """Metric that is compared."""
+    equivalence_margin: float | None = Field(None, gt=0, lt=1)
+    """Largest difference of the metric that does not matter, chosen before any score is seen: the two arms are then also tested
+    for differing by less (two one-sided tests on the nested bootstrap); null leaves that test out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Comparison:
@@ -292,6 +295,11 @@ class Comparison(Params):
         if self.metric not in METRICS:
             raise ValueError(f"comparison metric '{self.metric}' has no nested bootstrap: choose from {', '.join(METRICS)}")
         return self
+
+    @property
+    def claim(self) -> tuple[str, str, str, str]:
+        """What is claimed, whatever the margin: better, than, protocol, metric."""
+        return self.better, self.than, self.protocol, self.metric
 
 
 class Bootstrap(Params):
@@ -393,7 +401,7 @@ class Recipe(Params):
     metrics: tuple[str, ...] = ("balanced_accuracy", "accuracy", "f1_weighted", "f1_macro", "auc")
     """Metrics on the evaluation split, in the order of the tables."""
     comparisons: tuple[Comparison, ...] = ()
-    """Claims to test."""
+    """Claims to test. The first run of a study fixes the list: reports mark what was added later and list what was dropped."""
     bootstrap: Bootstrap = Bootstrap()
     """Intervals of the comparisons."""
     report: ReportParams = ReportParams()
@@ -411,6 +419,10 @@ class Recipe(Params):
                 raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
         for comparison in self.comparisons:
             self._check_comparison(comparison)
+        claims = [c.claim for c in self.comparisons]
+        for better, than, name, metric in claims:
+            if claims.count((better, than, name, metric)) > 1:
+                raise ValueError(f"two comparisons claim {better} over {than} under {name} by {metric}: keep one")
         for protocol in self.protocols:
             shown = _views_of(protocol)
             if shown is not None and shown.small_crops:

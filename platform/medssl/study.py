@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from medssl.artifacts import Marker, finished, read_marker, read_markers
+from medssl.claims import Detectable, detectable
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.errors import DataError, MedsslError, RecipeError, StoreError
 from medssl.events import Event, OnEvent
@@ -42,6 +43,8 @@ class PlanLine:
     """finished, to do, or waits (its inputs are not there yet, so its name is not known)."""
     images: int
     """Images it reads, each pass counted; 0 when nothing is to do."""
+    comparisons: tuple[Detectable, ...] = ()
+    """Of the report: how small a difference each comparison can show. Empty for every other stage."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ class Study:
             lines.append(self._cell_line(cell))
         name = self.report_name()
         state = waits if name is None else ("finished" if name in self._finished else "to do")
-        return [*dict.fromkeys(lines), PlanLine("report", "report", state, 0)]
+        return [*dict.fromkeys(lines), PlanLine("report", "report", state, 0, detectable(self))]
 
     def _line(self, spec: Spec) -> PlanLine:
         done = self.is_finished(spec)
@@ -321,7 +324,7 @@ def _prepare(
 
 
 def plan(recipe: Recipe | str | Path | Mapping[str, Any], store: Store | str, *, overrides: Sequence[str] = ()) -> list[PlanLine]:
-    """Which stages a study has, which are finished, and what each will cost in images."""
+    """Which stages a study has, which are finished, what each will cost in images, and what the comparisons can show."""
     return Study(*_prepare(recipe, store, overrides)).plan()
 
 

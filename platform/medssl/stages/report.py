@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from medssl.stages import report_comparisons as comparisons
 from medssl.stages import report_embedding as pictures
 from medssl.stages import report_figures as figures
 from medssl.stages import report_grids as grids
@@ -93,10 +94,11 @@ def _comparisons(data: ReportData) -> list[Block | None]:
     if data.comparisons.empty:
         return []
     main = [data.main_metric] if (data.comparisons["metric"] == data.main_metric).any() else metric_order(data)
-    every = tables.all_tests_table(data)
+    every = comparisons.all_tests_table(data)
     return [
+        words.about_plan(data),
         figures.differences(data, data.main_metric),
-        tables.comparison_table(data, main),
+        comparisons.comparison_table(data, main),
         words.about_welch(data),
         Fold("Every test, with the A/A rows one by one", [every]) if every else None,
     ]

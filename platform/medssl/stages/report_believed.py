@@ -10,9 +10,8 @@ from markupsafe import Markup
 
 from medssl.calibration import Reliability
 from medssl.stages import report_svg as svg
-from medssl.stages.report_data import DecisionCurves, ReportData, arm_order, metric_order, protocol_order
+from medssl.stages.report_data import DecisionCurves, ReportData, arm_order, complete, metric_order, protocol_order
 from medssl.stages.report_page import Block, Column, Figure, Fold, Key, Table, Text
-from medssl.stages.report_tables import complete
 from medssl.stages.report_text import as_float, metric_title, number3, title_of
 
 _CORRECTED = "5 3"

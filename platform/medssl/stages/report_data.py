@@ -16,7 +16,10 @@ from medssl.training.finder import RangeTest
 BOOTSTRAP = "nested bootstrap"
 WELCH = "Welch over head seeds"
 SAME_AGAINST_SAME = "random against random"
-"""Names in the column `test` of the comparisons: the evidence, the papers' test, that test where nothing differs."""
+EQUIVALENCE = "equivalence, nested bootstrap"
+NOT_REPORTED = "planned, not reported"
+"""Names in the column `test` of the comparisons: the evidence, the papers' test, that test where nothing differs, the evidence
+that two arms differ by less than a margin, and a claim of the first run that the recipe has no more (a row without numbers)."""
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "scores": ("arm", "protocol", "pretraining_seed", "label_draw", "head_seed", "metric", "value"),
@@ -24,7 +27,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "arm", "protocol", "metric", "mean", "std", "std_head", "std_draw", "std_pretraining",
         "n", "n_pretraining", "n_draw", "n_head",
     ),
-    "comparisons": ("better", "than", "protocol", "metric", "difference", "low", "high", "p", "test"),
+    "comparisons": (
+        "better", "than", "protocol", "metric", "difference", "low", "high", "p", "test",
+        "p_holm", "effect_size", "margin", "planned",
+    ),
     "searches": ("arm", "protocol", "learning_rate", "weight_decay", "score", "best", "on_edge"),
     "class_scores": (
         "arm", "protocol", "class", "images", "precision", "recall", "f1", "auc", "average_precision", "sensitivity",
@@ -36,12 +42,23 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "column", "group", "arm", "protocol", "metric", "images", "patients", "classes", "score", "low", "high",
     ),
 }  # fmt: skip
-"""Columns of the frames. A frame may have more; a missing column reads as empty."""
+"""Columns of the frames. A frame may have more; a missing column reads as empty.
+
+Of the comparisons: `p_holm` is p corrected for the number of tests on the nested bootstrap, `effect_size` Hedges' g over all
+runs, `margin` that of an equivalence test (whose interval is at twice its level), `planned` whether it was in the list of the
+first run (None where nobody knows, or where it is no claim).
+"""
 
 
 def empty(frame: str) -> pd.DataFrame:
     """An empty frame with the columns of `COLUMNS[frame]`."""
     return pd.DataFrame(columns=list(COLUMNS[frame]))
+
+
+def complete(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The frame with every column of `COLUMNS[name]` (missing ones empty), those first, a fresh index."""
+    columns = list(COLUMNS[name])
+    return frame.reindex(columns=[*columns, *(c for c in frame.columns if c not in columns)]).reset_index(drop=True)
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,16 @@ class Mistake:
     png: bytes
 
 
+@dataclass(frozen=True)
+class FirstList:
+    """How the list of comparisons was fixed, when the study was first run."""
+
+    recipe: str
+    """Digest of the recipe that fixed it."""
+    evaluated_before: int
+    """Evaluations of that recipe that had been made by then: with any, the list may have been chosen with scores in view."""
+
+
 @dataclass(frozen=True, eq=False)
 class ReportData:
     """Everything a report shows. Frames have the columns of `COLUMNS`; all but `study` may be empty."""
@@ -183,7 +210,9 @@ class ReportData:
     scores: pd.DataFrame = field(default_factory=lambda: empty("scores"))
     summary: pd.DataFrame = field(default_factory=lambda: empty("summary"))
     comparisons: pd.DataFrame = field(default_factory=lambda: empty("comparisons"))
-    """`test` is one of BOOTSTRAP, WELCH, SAME_AGAINST_SAME, or any other name, which is listed as it is."""
+    """`test` is one of the names above, or any other, which is listed as it is."""
+    first_list: FirstList | None = None
+    """None where nobody knows which comparisons were planned."""
     same_against_same: Sequence[SameAgainstSame] = ()
     """The A/A line over all pairs of seeds, where it was counted (the comparisons hold single pairs)."""
     searches: pd.DataFrame = field(default_factory=lambda: empty("searches"))

@@ -11,9 +11,8 @@ from markupsafe import Markup
 
 from medssl.metrics import LOWER_IS_BETTER
 from medssl.stages import report_svg as svg
-from medssl.stages.report_data import ReportData, UnitFacts, arm_order, metric_order, protocol_order
+from medssl.stages.report_data import ReportData, UnitFacts, arm_order, complete, metric_order, protocol_order
 from medssl.stages.report_page import Block, Column, Figure, Fold, Table, Text
-from medssl.stages.report_tables import complete
 from medssl.stages.report_text import NONE, as_float, count, metric_title, number3, plural, title_of
 from medssl.stages.report_words import mean_of
 

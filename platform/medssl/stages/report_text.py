@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 METRIC_TITLES = {
@@ -25,6 +26,11 @@ def title_of(name: str) -> str:
 def metric_title(name: str) -> str:
     """A metric's name in running text."""
     return METRIC_TITLES.get(name, title_of(name))
+
+
+def place(order: Sequence[str], value: object) -> int:
+    """Position of a name in an order; behind the last where it is not in it."""
+    return order.index(str(value)) if str(value) in order else len(order)
 
 
 def as_float(value: Any) -> float:
