@@ -5,9 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import log_loss
+from sklearn.metrics import brier_score_loss, log_loss
 
-from medssl.calibration import apply_temperature, change_prior, decision_curve, fit_temperature, reliability
+from medssl.calibration import (
+    Reliability,
+    apply_temperature,
+    brier_score,
+    change_prior,
+    decision_curve,
+    fit_temperature,
+    reliability,
+    reliability_counts,
+)
+from medssl.metrics import expected_calibration_error
 
 RNG = np.random.default_rng(0)
 
@@ -33,8 +43,29 @@ def test_expected_error_by_its_definition() -> None:
     assert found.expected_error == pytest.approx(error, abs=1e-12) and found.images_B.sum() == images == 700
     sure = np.eye(3)[[0, 1, 2, 0]]
     assert reliability(sure, np.array([0, 1, 2, 1])).expected_error == pytest.approx(0.25)
+    assert expected_calibration_error(probabilities, labels, bins=10) == pytest.approx(error, abs=1e-12)
     with pytest.raises(ValueError, match="0 bins"):
         reliability(probabilities, labels, bins=0)
+
+
+def test_counts_of_several_classifiers_add_up() -> None:
+    first, second = drawn(300, 3), drawn(500, 3, spread=0.4)
+    added = Reliability.of_counts(reliability_counts(*first) + reliability_counts(*second))
+    together = reliability(np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]]))
+    for name in ("confidence_B", "accuracy_B", "images_B"):
+        np.testing.assert_allclose(getattr(added, name), getattr(together, name))
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_brier_score_equals_scikit_learns(classes: int) -> None:
+    probabilities, labels = drawn(400, classes)
+    distance = ((probabilities - np.eye(classes)[labels]) ** 2).sum(axis=1).mean()
+    assert brier_score(probabilities, labels) == pytest.approx(distance, abs=1e-12)
+    if classes == 2:  # scikit-learn's for two classes counts the second alone
+        assert brier_score(probabilities, labels) == pytest.approx(2 * brier_score_loss(labels, probabilities[:, 1]), abs=1e-12)
+    assert brier_score(np.eye(3), np.array([0, 1, 2])) == 0 and brier_score(np.eye(3), np.array([1, 2, 0])) == 2
+    with pytest.raises(ValueError, match="no image"):
+        brier_score(np.ones((0, 2)), np.zeros(0, int))
 
 
 def test_the_curve_equals_scikit_learns_for_two_classes() -> None:
@@ -74,6 +105,8 @@ def test_a_changed_prior_is_bayes_rule() -> None:
     same = posterior([0.3, 0.7])
     np.testing.assert_allclose(change_prior(same, np.array([3, 7]), np.array([0.3, 0.7])), same)
     np.testing.assert_allclose(change_prior(same, np.array([3, 7]), np.array([1, 0]))[:, 0], 1)
+    votes = change_prior(np.array([[0.0, 1.0]]), np.array([1, 1]), np.array([1, 0]))
+    np.testing.assert_allclose(votes, [[1, 0]])  # a vote of 0 does not outweigh that the other class does not occur
     with pytest.raises(ValueError, match="trained ones above 0"):
         change_prior(same, np.array([0, 1]), np.array([1, 1]))
 

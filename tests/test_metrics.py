@@ -76,11 +76,11 @@ def test_confusion_equals_scikit_learn(seed: int) -> None:
     np.testing.assert_allclose(metrics.confusion(probabilities, labels, weights), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(metrics.METRICS))
+@pytest.mark.parametrize("name", sorted(metrics.SCORES))
 def test_whole_weights_equal_repeated_images(name: str) -> None:
     probabilities, labels, _ = random_case(7)
     repeats = np.random.default_rng(1).integers(0, 4, size=len(labels))
-    metric = metrics.METRICS[name]
+    metric = metrics.SCORES[name]
     weighted = metric(probabilities, labels, repeats.astype(float))
     repeated = metric(np.repeat(probabilities, repeats, axis=0), np.repeat(labels, repeats), None)
     assert weighted == pytest.approx(repeated, abs=1e-12)
@@ -131,6 +131,11 @@ def test_average_precision_and_sensitivity_equal_scikit_learn(seed: int) -> None
             continue
         fpr, tpr, _ = sklearn_metrics.roc_curve(truth, scores, sample_weight=sample_weight, drop_intermediate=False)
         assert sensitivity[k] == pytest.approx(tpr[fpr <= 0.2 + 1e-12].max(), abs=1e-9)
+    present = [k for k in range(probabilities.shape[1]) if (labels[kept] == k).any()]
+    each = [
+        sklearn_metrics.average_precision_score(labels == k, probabilities[:, k], sample_weight=weights) for k in present
+    ]
+    assert metrics.average_precision(probabilities, labels, weights) == pytest.approx(np.mean(each), abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", CASES)
@@ -160,3 +165,19 @@ def test_patients_are_scored_by_the_mean_of_their_images() -> None:
         metrics.per_patient(probabilities, np.array([0, 1, 1, 1, 1]), ["a", None, "a", None, "b"])
     with pytest.raises(ValueError, match="specificity is 2"):
         metrics.sensitivity_at_specificity(probabilities, np.array([0, 1, 0, 1, 1]), specificity=2)
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_calibration_error_by_its_definition(seed: int) -> None:
+    probabilities, labels, weights = random_case(seed)
+    counted = np.ones(len(labels)) if weights is None else weights
+    error = 0.0
+    for low in range(15):
+        inside = [n for n in range(len(labels)) if low / 15 < probabilities[n].max() <= (low + 1) / 15]
+        share = sum(counted[n] for n in inside)
+        if share:
+            right = sum(counted[n] for n in inside if probabilities[n].argmax() == labels[n]) / share
+            error += abs(right - sum(counted[n] * probabilities[n].max() for n in inside) / share) * share / counted.sum()
+    assert metrics.expected_calibration_error(probabilities, labels, weights) == pytest.approx(error, abs=1e-9)
+    with pytest.raises(ValueError, match="0 bins"):
+        metrics.expected_calibration_error(probabilities, labels, weights, bins=0)

@@ -39,11 +39,22 @@ def test_shipped_recipes_are_valid_and_open_with_a_header(path: Path) -> None:
     assert path.read_text().startswith("#")
 
 
-def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
-    recipe = load(raw())
+BLOCK = {"subgroups": ["age"], "bands": {"age": [40, 60.5]}, "deployment_prior": {"a": 1, "b": 3}}
+
+
+@pytest.mark.parametrize("report", [{}, BLOCK])
+def test_dump_and_load_are_inverse(tmp_path: Path, report: dict[str, Any]) -> None:
+    recipe = load(raw(report=report))
     path = tmp_path / "r.yaml"
     path.write_text(dump(recipe))
     assert load(path) == recipe
+
+
+def test_scores_without_a_nested_bootstrap_are_listed_and_searched_for() -> None:
+    search = {"metric": "average_precision", "learning_rate": [0.1, 0.01]}
+    protocols = [{"name": "probe", "kind": "linear_probe", "search": search}]
+    recipe = load(raw(metrics=["balanced_accuracy", "average_precision", "expected_calibration_error"], protocols=protocols))
+    assert recipe.metrics[1:] == ("average_precision", "expected_calibration_error")
 
 
 def test_every_field_is_described() -> None:
@@ -71,6 +82,22 @@ def test_every_field_is_described() -> None:
         ({"arms": [{"name": "a", "epochs": 3}]}, ["objective and epochs go together, objective is missing"]),
         ({"arms": [{"name": "bt", "objective": {"name": "barlow_twins"}, "epochs": 0}]}, ["epochs", "equal to 1", "not 0"]),
         ({"metrics": ["balanced_acuracy"]}, ["balanced_acuracy", "did you mean 'balanced_accuracy'?"]),
+        (
+            {"comparisons": [{"better": "bt", "than": "random", "protocol": "probe", "metric": "average_precision"}]},
+            ["comparison metric 'average_precision' has no nested bootstrap", "balanced_accuracy"],
+        ),
+        (
+            {"protocols": [{"name": "p", "kind": "linear_probe", "search": {"metric": "expected_calibration_error"}}]},
+            ["a search takes the highest expected_calibration_error, of which less is better", "average_precision"],
+        ),
+        ({"report": {"specifity": 0.9}}, ["unknown field 'report.specifity'", "did you mean 'specificity'?"]),
+        ({"report": {"specificity": 95}}, ["report.specificity", "less than 1", "not 95"]),
+        ({"report": {"subgroups": ["site", "site"]}}, ["subgroups names column 'site' twice"]),
+        ({"report": {"bands": {"age": [40]}}}, ["bands cuts column 'age', which subgroups does not name"]),
+        ({"report": {"subgroups": ["age"], "bands": {"age": [60, 40]}}}, ["bands of 'age' are [60.0, 40.0]: limits ascend"]),
+        ({"report": {"subgroups": ["age"], "bands": {"age": []}}}, ["report.bands.age", "at least 1 item"]),
+        ({"report": {"deployment_prior": {"a": 1.0, "b": 0.0}}}, ["deployment_prior has fewer than two classes above 0"]),
+        ({"report": {"deployment_prior": {"a": -1.0, "b": 2.0}}}, ["report.deployment_prior.a", "greater than or equal to 0"]),
         ({"comparisons": [{"better": "btt", "than": "random", "protocol": "probe"}]}, ["'btt'", "did you mean 'bt'?"]),
         ({"comparisons": [{"better": "bt", "than": "colour", "protocol": "tune"}]}, ["'colour' has no network to fine-tune"]),
         ({"arms": [{"name": "a"}, {"name": "a"}]}, ["two arms are named 'a'"]),

@@ -117,6 +117,101 @@ def test_images_of_one_patient_move_together() -> None:
     assert unknown.standard_error == pytest.approx(hits.std() / math.sqrt(600), rel=0.1)
 
 
+def test_paired_bootstrap_equals_scipys() -> None:
+    """Balanced accuracy of two models on the same patients; scipy draws n of n, which is (n - 1) / n of the variance."""
+    rng = np.random.default_rng(12)
+    labels = rng.choice(3, size=240, p=[0.6, 0.3, 0.1])
+    first, second = (random_arm((1, 1, 1), labels, 3, skill, seed)[0, 0, 0] for skill, seed in ((1.5, 1), (1.0, 2)))
+    ours = statistics.paired_bootstrap(first, second, labels, np.arange(240), replicates=8000)
+    hits = np.stack([first.argmax(axis=1) == labels, second.argmax(axis=1) == labels])
+
+    def difference(picked: np.ndarray, axis: int = -1) -> np.ndarray:
+        gaps = (hits[0] * 1.0 - hits[1])[picked]
+        of_class = [labels[picked] == k for k in range(3)]
+        return np.mean([(gaps * mine).sum(axis=axis) / mine.sum(axis=axis) for mine in of_class], axis=0)
+
+    theirs = stats.bootstrap((np.arange(240),), difference, n_resamples=8000, method="percentile", random_state=0)
+    assert ours.standard_error == pytest.approx(theirs.standard_error * math.sqrt(240 / 239), rel=0.03)
+    assert (ours.percentile_low, ours.percentile_high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.008)
+    metric = METRICS["balanced_accuracy"]
+    assert ours.difference == pytest.approx(metric(first, labels) - metric(second, labels), abs=1e-6)
+    assert ours.notes == ("both models are fixed: the interval says nothing about how they were trained",)
+
+
+def test_paired_bootstrap_draws_patients_with_all_their_images() -> None:
+    """Accuracy over patients of unequal size: the linearised error of a ratio, and that of its images is much smaller."""
+    rng = np.random.default_rng(13)
+    patients = np.repeat(np.arange(150), rng.integers(1, 8, size=150))
+    hits = np.stack([rng.random(150)[patients] < 0.6, rng.random(150)[patients] < 0.5]).astype(float)
+    labels = np.zeros(len(patients), int)
+    ours = statistics.paired_bootstrap(*arm_of_hits(hits), labels, patients, metric="accuracy", replicates=10_000)
+    gaps = hits[0] - hits[1]
+    sums = np.bincount(patients, weights=gaps - gaps.mean())
+    expected = math.sqrt(150 / 149 * (sums**2).sum()) / len(patients)
+    assert ours.standard_error == pytest.approx(expected, rel=0.03)
+    assert ours.standard_error > 1.5 * gaps.std(ddof=1) / math.sqrt(len(patients))
+    assert ours.degrees_of_freedom == pytest.approx(149)
+    assert ours.variances.keys() == {"patient"}
+    with pytest.raises(ValueError, match=r"expected \(N, K\)"):
+        statistics.paired_bootstrap(arm_of_hits(hits), arm_of_hits(hits), labels, patients)
+
+
+def found(difference: float, error: float, freedom: float) -> statistics.BootstrapResult:
+    """A bootstrap's result as far as a test of equivalence reads it."""
+    nothing = dict.fromkeys(("low", "high", "p", "percentile_low", "percentile_high"), math.nan)
+    return statistics.BootstrapResult(
+        "accuracy", difference, confidence=0.95, standard_error=error, degrees_of_freedom=freedom, replicates=1, variances={},
+        notes=(), **nothing,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("level", [0.01, 0.05, 0.2])
+def test_nested_equivalence_is_two_one_sided_tests(level: float) -> None:
+    rng = np.random.default_rng(14)
+    for difference, error, freedom, margin in zip(
+        rng.normal(0, 0.02, 60), rng.uniform(0.001, 0.02, 60), rng.uniform(2, 40, 60), rng.uniform(0.005, 0.05, 60), strict=True
+    ):
+        ours = statistics.nested_equivalence(found(difference, error, freedom), margin, level=level)
+        above, below = stats.t.sf((difference + margin) / error, freedom), stats.t.cdf((difference - margin) / error, freedom)
+        assert ours.p == pytest.approx(max(above, below), rel=1e-12)
+        assert (ours.low, ours.high) == pytest.approx(stats.t.interval(1 - 2 * level, freedom, difference, error))
+        assert (ours.p < level) == (-margin < ours.low and ours.high < margin)
+
+
+def test_nested_equivalence_of_the_pairs_is_the_paired_test() -> None:
+    """One model on each side and one image a patient: scipy's one-sided tests of the paired differences."""
+    rng = np.random.default_rng(15)
+    hits = (rng.random((2, 500)) < 0.7).astype(float)
+    arms = [arm_of_hits(h[None, None, None]) for h in hits]
+    result = statistics.nested_bootstrap(*arms, np.zeros(500, int), np.arange(500), metric="accuracy", replicates=6000)
+    for margin in (0.03, 0.06):
+        ours = statistics.nested_equivalence(result, margin)
+        tests = [
+            stats.ttest_1samp(hits[0] - hits[1], end, alternative=side).pvalue
+            for end, side in ((-margin, "greater"), (margin, "less"))
+        ]
+        assert ours.p == pytest.approx(max(tests), rel=0.12)
+
+
+def test_arms_a_margin_apart_are_seldom_called_equivalent() -> None:
+    """Whole simulated studies whose true difference is the margin: 5% of them err. A wide margin is shown in all of them."""
+    rng = np.random.default_rng(16)
+    studies = [simulated_study(rng, 0.1, 0.05) for _ in range(200)]
+    assert np.mean([statistics.nested_equivalence(s, 0.1).p < 0.05 for s in studies]) <= 0.085
+    assert np.mean([statistics.nested_equivalence(s, 0.5).p < 0.05 for s in studies]) > 0.95
+
+
+def test_equivalence_without_spread_or_number() -> None:
+    assert statistics.nested_equivalence(found(0.01, 0.0, math.inf), 0.02).p == 0
+    assert statistics.nested_equivalence(found(0.03, 0.0, math.inf), 0.02).p == 1
+    assert math.isnan(statistics.nested_equivalence(found(0.01, math.nan, 5), 0.02).p)
+    for margin in (0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="margin is"):
+            statistics.nested_equivalence(found(0.0, 0.1, 5), margin)
+    with pytest.raises(ValueError, match=r"level is 0\.5"):
+        statistics.nested_equivalence(found(0.0, 0.1, 5), 0.1, level=0.5)
+
+
 def test_pretraining_seeds_alone_give_welchs_standard_error() -> None:
     """Every image of a model is right or wrong together with a share that only the seed decides."""
     images = 400

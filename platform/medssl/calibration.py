@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
-from medssl.metrics import Float, Int
+from medssl.metrics import Float, Int, confidence_bins
 
 _SMALLEST = 1e-12
 """Probabilities below this are taken for it where a logarithm is taken."""
@@ -32,6 +32,12 @@ class Reliability:
         gaps_B = np.abs(self.accuracy_B - self.confidence_B)
         return float((gaps_B * self.images_B).sum() / self.images_B.sum())
 
+    @classmethod
+    def of_counts(cls, counts_3B: NDArray[np.float64]) -> Reliability:
+        """From :func:`reliability_counts`, of one classifier or added up over several."""
+        there_3B = counts_3B[:, counts_3B[2] > 0]
+        return cls(there_3B[0] / there_3B[2], there_3B[1] / there_3B[2], there_3B[2].round().astype(np.int64))
+
 
 def reliability(probabilities_NK: Float, labels_N: Int, bins: int = 15) -> Reliability:
     """Confidence and accuracy in bins of equal width between 0 and 1, open below as in Guo et al. 2017.
@@ -39,18 +45,28 @@ def reliability(probabilities_NK: Float, labels_N: Int, bins: int = 15) -> Relia
     Raises:
         ValueError: no image, or fewer than one bin.
     """
+    return Reliability.of_counts(reliability_counts(probabilities_NK, labels_N, bins))
+
+
+def reliability_counts(probabilities_NK: Float, labels_N: Int, bins: int = 15) -> NDArray[np.float64]:
+    """By bin of confidence (3, B): sum of confidences, images named rightly, images. ValueError as for :func:`reliability`."""
     if bins < 1 or not len(labels_N):
         raise ValueError(f"{bins} bins and {len(labels_N)} images: one of each is needed")
-    confidence_N = probabilities_NK.max(axis=1).astype(np.float64)
-    right_N = probabilities_NK.argmax(axis=1) == labels_N
-    bin_N = np.clip(np.ceil(confidence_N * bins).astype(np.int64) - 1, 0, bins - 1)
-    images = np.bincount(bin_N, minlength=bins)
-    there = images > 0
-    return Reliability(
-        (np.bincount(bin_N, confidence_N, bins)[there] / images[there]),
-        (np.bincount(bin_N, right_N, bins)[there] / images[there]),
-        images[there],
-    )
+    confidence_N, right_N, bin_N = confidence_bins(probabilities_NK, labels_N, bins)
+    return np.stack([np.bincount(bin_N, weights, bins) for weights in (confidence_N, right_N, np.ones(len(bin_N)))])
+
+
+def brier_score(probabilities_NK: Float, labels_N: Int) -> float:
+    """Brier score (1950), lower is better: the mean over images of the squared distance of the probabilities from the label.
+
+    The sum over classes of (probability - 1 for the label, 0 for the others) squared: 0 where all are sure and right, 2 where
+    all are sure and wrong. ValueError without an image.
+    """
+    if not len(labels_N):
+        raise ValueError("there is no image to score")
+    wide_NK = probabilities_NK.astype(np.float64)
+    right_N = wide_NK[np.arange(len(labels_N)), labels_N]
+    return float(((wide_NK**2).sum(axis=1) - 2 * right_N + 1).mean())
 
 
 def fit_temperature(probabilities_NK: Float, labels_N: Int) -> float:
@@ -81,7 +97,8 @@ def apply_temperature(probabilities_NK: Float, temperature: float) -> NDArray[np
 def change_prior(probabilities_NK: Float, prior_K: Float, new_prior_K: Float) -> NDArray[np.float64]:
     """Probabilities (N, K) for a place where the classes are as frequent as `new_prior_K`, by Bayes' rule.
 
-    Right where images of a class look alike in both places (label shift; Saerens et al. 2002).
+    Right where images of a class look alike in both places (label shift; Saerens et al. 2002). Probabilities below 1e-12 are
+    taken for it, so that votes of 0 can be weighed.
 
     Args:
         prior_K: frequencies that the classifier was trained with; what class weights made of them, where it had weights.
@@ -93,11 +110,8 @@ def change_prior(probabilities_NK: Float, prior_K: Float, new_prior_K: Float) ->
     prior, new = np.asarray(prior_K, np.float64), np.asarray(new_prior_K, np.float64)
     if prior.min() <= 0 or new.min() < 0 or new.sum() == 0:
         raise ValueError(f"priors {prior.tolist()} and {new.tolist()}: trained ones above 0, new ones 0 or more and not all 0")
-    weighted_NK = probabilities_NK.astype(np.float64) * (new / new.sum()) / (prior / prior.sum())
-    total_N1 = weighted_NK.sum(axis=1, keepdims=True)
-    if (total_N1 == 0).any():
-        raise ValueError("an image has probability 0 for every class that the new prior allows")
-    changed: NDArray[np.float64] = weighted_NK / total_N1
+    weighted_NK = np.maximum(probabilities_NK.astype(np.float64), _SMALLEST) * (new / new.sum()) / (prior / prior.sum())
+    changed: NDArray[np.float64] = weighted_NK / weighted_NK.sum(axis=1, keepdims=True)
     return changed
 
 

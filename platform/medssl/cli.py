@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_study(command("run", _run, "run a study, or what is missing of it")).add_argument(
         "--address", help="address of a running Ray cluster (default: RAY_ADDRESS, else a local Ray of its own)"
     )
-    _add_study(command("plan", _plan, "the stages of a study, what is finished, what the rest costs in images"))
+    _add_study(command("plan", _plan, "the stages of a study, what is finished, what the rest costs, what it can show"))
     _add_study(command("report", _report, "make the report of a finished study again"))
     sub = command("init", _init, "write a commented recipe for a dataset")
     sub.add_argument("dataset", help="URI of the dataset")
@@ -183,6 +183,7 @@ def _print_result(result: Any, as_json: bool) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
+    from medssl.claims import assumptions
     from medssl.study import plan
 
     lines = plan(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set)
@@ -196,6 +197,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     left = [line for line in lines if line.state != "finished"]
     total = f", {sum(line.images for line in left):,} images known so far" if left else ": nothing to do"
     print(f"{len(lines) - len(left)} of {len(lines)} finished{total}")
+    comparisons = [comparison for line in lines for comparison in line.comparisons]
+    for comparison in comparisons:
+        print(comparison.to_text())
+    if comparisons:
+        print(assumptions(comparisons))
     return 0
 
 

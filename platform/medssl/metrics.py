@@ -132,6 +132,13 @@ def average_precision_per_class(probabilities_NK: Float, labels_N: Int, weights_
     return np.array(areas)
 
 
+def average_precision(probabilities_NK: Float, labels_N: Int, weights_N: Float | None = None) -> float:
+    """Average precision against the rest, mean over the classes that have images (macro); NaN when no class has."""
+    areas_K = average_precision_per_class(probabilities_NK, labels_N, weights_N)
+    known = ~np.isnan(areas_K)
+    return float(areas_K[known].mean()) if known.any() else float("nan")
+
+
 def sensitivity_at_specificity(
     probabilities_NK: Float, labels_N: Int, weights_N: Float | None = None, *, specificity: float = 0.95
 ) -> Float:
@@ -153,6 +160,33 @@ def sensitivity_at_specificity(
         allowed = 1 - negative / negative[-1] >= specificity - 1e-12  # of a specificity that is met exactly
         found.append(float(positive[allowed].max() / positive[-1]))
     return np.array(found)
+
+
+def confidence_bins(
+    probabilities_NK: Float, labels_N: Int, bins: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
+    """Probability of the predicted class, whether it is the right one, and the bin of that probability, all (N,).
+
+    Bins are of equal width between 0 and 1, open below, as in Guo et al. 2017.
+    """
+    confidence_N = probabilities_NK.max(axis=1).astype(np.float64)
+    right_N = probabilities_NK.argmax(axis=1) == labels_N
+    return confidence_N, right_N, np.clip(np.ceil(confidence_N * bins).astype(np.int64) - 1, 0, bins - 1)
+
+
+def expected_calibration_error(
+    probabilities_NK: Float, labels_N: Int, weights_N: Float | None = None, *, bins: int = 15
+) -> float:
+    """Expected calibration error (Guo et al. 2017), lower is better: the mean over images of |accuracy - mean confidence| of
+    their bin of confidence. ValueError for fewer than one bin.
+    """
+    if bins < 1:
+        raise ValueError(f"{bins} bins: one or more are needed")
+    _check(probabilities_NK, labels_N, weights_N)
+    weights = np.ones(len(labels_N)) if weights_N is None else weights_N.astype(np.float64)
+    confidence_N, right_N, bin_N = confidence_bins(probabilities_NK, labels_N, bins)
+    gaps_B = np.bincount(bin_N, weights * (right_N - confidence_N), bins)
+    return float(_divide(np.abs(gaps_B).sum(), weights.sum(), empty=np.nan))
 
 
 @dataclass(frozen=True)
@@ -204,7 +238,18 @@ METRICS: dict[str, Metric] = {
     "f1_macro": f1_macro,
     "auc": roc_auc_ovr,
 }
-"""Name -> function(probabilities_NK, labels_N, weights_N=None) -> score; higher is better for all."""
+"""Name -> function(probabilities_NK, labels_N, weights_N=None) -> score; higher is better for all, and the nested bootstrap
+resamples each of them."""
+
+SCORES: dict[str, Metric] = {
+    **METRICS,
+    "average_precision": average_precision,
+    "expected_calibration_error": expected_calibration_error,
+}
+"""All that a study can list in `metrics`."""
+
+LOWER_IS_BETTER = frozenset({"expected_calibration_error"})
+"""Names in `SCORES` for which a better classifier has a lower value."""
 
 
 def _f1(counts: Counts) -> Float:

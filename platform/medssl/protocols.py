@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from medssl.errors import nearest
-from medssl.metrics import METRICS
+from medssl.metrics import LOWER_IS_BETTER, SCORES
 from medssl.params import Params
 from medssl.probes.knn import KnnParams
 from medssl.probes.linear import LinearProbeParams
@@ -21,8 +21,8 @@ NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 
 def check_metric(name: str) -> None:
     """Raises ValueError with the nearest name when there is no such metric."""
-    if name not in METRICS:
-        raise ValueError(f"unknown metric '{name}': {nearest(name, METRICS)}")
+    if name not in SCORES:
+        raise ValueError(f"unknown metric '{name}': {nearest(name, SCORES)}")
 
 
 class Search(Params):
@@ -47,6 +47,9 @@ class Search(Params):
     @model_validator(mode="after")
     def _consistent(self) -> Search:
         check_metric(self.metric)
+        if self.metric in LOWER_IS_BETTER:
+            fitting = ", ".join(sorted(set(SCORES) - LOWER_IS_BETTER))
+            raise ValueError(f"a search takes the highest {self.metric}, of which less is better: choose from {fitting}")
         if min(self.learning_rate) <= 0 or min(self.weight_decay) < 0:
             raise ValueError("learning rates must be above 0 and weight decays 0 or more")
         if (self.sampler == "tpe") != (self.trials is not None):

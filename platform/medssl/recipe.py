@@ -6,12 +6,13 @@ together. `recipe_file` reads one from YAML.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError, nearest
+from medssl.metrics import METRICS
 from medssl.networks.encoder import EncoderParams
 from medssl.networks.surgery import SurgeryParams
 from medssl.objectives import ObjectiveParams
@@ -147,11 +148,21 @@ class Comparison(Params):
     """Protocol whose scores are compared."""
     metric: str = "balanced_accuracy"
     """Metric that is compared."""
+    equivalence_margin: float | None = Field(None, gt=0, lt=1)
+    """Largest difference of the metric that does not matter, chosen before any score is seen: the two arms are then also tested
+    for differing by less (two one-sided tests on the nested bootstrap); null leaves that test out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Comparison:
         check_metric(self.metric)
+        if self.metric not in METRICS:
+            raise ValueError(f"comparison metric '{self.metric}' has no nested bootstrap: choose from {', '.join(METRICS)}")
         return self
+
+    @property
+    def claim(self) -> tuple[str, str, str, str]:
+        """What is claimed, whatever the margin: better, than, protocol, metric."""
+        return self.better, self.than, self.protocol, self.metric
 
 
 class Bootstrap(Params):
@@ -163,6 +174,42 @@ class Bootstrap(Params):
     """Level of the interval."""
     seed: int = Field(0, ge=0)
     """Seed of the resampling."""
+
+
+class ReportParams(Params):
+    """What the report says of the predictions beside the scores; nothing here changes an evaluation."""
+
+    specificity: float = Field(0.95, gt=0, lt=1)
+    """Specificity at which the sensitivity for each class is given."""
+    decision_class: str | None = None
+    """Class against the rest whose decision curve is drawn: the net benefit of acting on its probability; null none."""
+    deployment_prior: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Frequency of each class where the classifier is to be used: scores as they would be there stand beside the measured ones.
+    Shares or counts, one for every class; null none."""
+    subgroups: tuple[str, ...] = ()
+    """Further columns of the dataset (site, device, sex, age ...): every metric by their values."""
+    bands: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    """Limits at which a column of `subgroups` that holds numbers is cut, ascending: {age: [40, 60]}."""
+    smallest_group: int = Field(20, ge=2)
+    """Groups of fewer images are counted, not scored."""
+    embedding_map: bool = True
+    """t-SNE of the judged images' features, of each arm that a probe judges."""
+    images: bool = False
+    """Whether images of the dataset (the errors that were made most confidently) stand in the report."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ReportParams:
+        twice = next((name for name in self.subgroups if self.subgroups.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"subgroups names column '{twice}' twice")
+        for name, limits in self.bands.items():
+            if name not in self.subgroups:
+                raise ValueError(f"bands cuts column '{name}', which subgroups does not name: add it there")
+            if list(limits) != sorted(set(limits)):
+                raise ValueError(f"bands of '{name}' are {list(limits)}: limits ascend, each once")
+        if self.deployment_prior is not None and sum(share > 0 for share in self.deployment_prior.values()) < 2:
+            raise ValueError("deployment_prior has fewer than two classes above 0: there is nothing to tell apart")
+        return self
 
 
 class Compute(Params):
@@ -217,9 +264,11 @@ class Recipe(Params):
     metrics: tuple[str, ...] = ("balanced_accuracy", "accuracy", "f1_weighted", "f1_macro", "auc")
     """Metrics on the evaluation split, in the order of the tables."""
     comparisons: tuple[Comparison, ...] = ()
-    """Claims to test."""
+    """Claims to test. The first run of a study fixes the list: reports mark what was added later and list what was dropped."""
     bootstrap: Bootstrap = Bootstrap()
     """Intervals of the comparisons."""
+    report: ReportParams = ReportParams()
+    """What the report says of the predictions."""
     compute: Compute = Compute()
     """Where it runs."""
 
@@ -233,6 +282,10 @@ class Recipe(Params):
                 raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
         for comparison in self.comparisons:
             self._check_comparison(comparison)
+        claims = [c.claim for c in self.comparisons]
+        for better, than, name, metric in claims:
+            if claims.count((better, than, name, metric)) > 1:
+                raise ValueError(f"two comparisons claim {better} over {than} under {name} by {metric}: keep one")
         for protocol in self.protocols:
             shown = views_of(protocol)
             if shown is not None and shown.small_crops:

@@ -1,7 +1,6 @@
 """From a study's finished evaluations to its tables, tests and report.
 
-Scores are the evaluations' own (their markers hold them); comparisons are computed here from the saved per-image
-predictions of every run, so that patients can be resampled with everything else.
+Scores are the evaluations' own (their markers hold them); what they prove is computed in :mod:`medssl.comparing`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,13 +20,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medssl.artifacts import STUDIES, artifact_name, digest_json, folder, publish
+from medssl.claims import Planned, evaluated, fix_claims
+from medssl.comparing import Found, Runs, compare
 from medssl.errors import MissingKey
-from medssl.recipe import Arm, Comparison, Recipe
+from medssl.judging import judge
+from medssl.metrics import SCORES
+from medssl.pictures import confident_mistakes, embedding_maps
+from medssl.recipe import Arm, Recipe
 from medssl.recipe_file import dump
 from medssl.stages.report import format_result_table, render, result_json
-from medssl.stages.report_data import BOOTSTRAP, COLUMNS, SAME_AGAINST_SAME, WELCH, Confusion, ReportData, SameAgainstSame
+from medssl.stages.report_data import COLUMNS, Confusion, FirstList, ReportData
 from medssl.stages.specs import VERSIONS, Cell
-from medssl.statistics import aa_summary, nested_bootstrap, summarise, welch
+from medssl.statistics import summarise
 from medssl.store import Store
 
 if TYPE_CHECKING:
@@ -48,7 +53,7 @@ class StudyResult:
     summary: pd.DataFrame
     """One row per arm, protocol and metric: mean, std over all runs and over each kind of repeat, and how many."""
     comparisons: pd.DataFrame
-    """One row per claim and test: difference, interval, p."""
+    """One row per claim and test: difference, interval, p, and the further columns of `report_data.COLUMNS`."""
     report_uri: str
     """URI of the HTML report."""
 
@@ -61,12 +66,15 @@ class StudyResult:
         return format_result_table(self.summary, self.comparisons)
 
 
-def report_name(recipe: Recipe, evaluations: Sequence[str], card: dict[str, Any]) -> str:
-    """Name of the report over these evaluations."""
+def report_name(recipe: Recipe, evaluations: Sequence[str], card: dict[str, Any], index: pd.DataFrame) -> str:
+    """Name of the report over these evaluations of a dataset with this card and index."""
     config = recipe.canonical()
     config.pop("compute")
     reported = {key: value for key, value in card.items() if key not in _NOT_REPORTED}
     inputs = {"evaluations": digest_json(list(evaluations)), "dataset": digest_json(reported)}
+    if recipe.report.subgroups:  # further columns are in no other digest
+        groups = index.loc[index["split"] == recipe.evaluation_split, list(recipe.report.subgroups)]
+        inputs["subgroups"] = digest_json(groups.astype(str).to_numpy().tolist())
     return artifact_name("report", VERSIONS["report"], config, inputs)
 
 
@@ -82,7 +90,8 @@ def build_report(study: Study) -> StudyResult:
     name = study.report_name()
     assert name is not None, "the report is built after the evaluations"
     runs = _collect(study)
-    data = _report_data(study, runs, _comparisons(study.recipe, runs))
+    planned = fix_claims(study.store, study.recipe, partial(evaluated, study))
+    data = _report_data(study, runs, compare(study.recipe, runs, planned), planned)
     files = dict(render(data))
     result = StudyResult(study.recipe.study, data.scores, data.summary, data.comparisons, _report_uri(study.store, study.recipe))
     files["result.json"] = _dump_result(result)
@@ -123,19 +132,6 @@ def _report_uri(store: Store, recipe: Recipe) -> str:
 # -- reading the runs ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """All runs of one arm under one protocol."""
-
-    arm: str
-    protocol: str
-    metrics: dict[str, NDArray[np.float64]]
-    """Scores (P, D, S) by metric."""
-    probabilities_PDSNK: NDArray[np.float32]
-    labels_N: NDArray[np.int64]
-    patients_N: list[str | None]
-
-
 def _collect(study: Study) -> dict[tuple[str, str], Runs]:
     cells: dict[tuple[str, str], list[Cell]] = {}
     for cell in study.specs.cells():
@@ -163,8 +159,9 @@ def _runs(study: Study, key: tuple[str, str], cells: list[Cell], labels_N: NDArr
             strict=True,
         ):
             probabilities[position] = read
-            for metric, values in scores.items():
-                values[position] = marker.facts["scores"][metric]
+            stored = marker.facts["scores"]
+            for metric, values in scores.items():  # an evaluation of an earlier medssl lacks what is newer than it
+                values[position] = stored[metric] if metric in stored else SCORES[metric](read.astype(np.float64), labels_N, None)
     return Runs(*key, scores, probabilities, labels_N, patients)
 
 
@@ -202,66 +199,6 @@ def _summary_frame(runs: dict[tuple[str, str], Runs]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=list(COLUMNS["summary"]))
 
 
-@dataclass(frozen=True)
-class Found:
-    """What the comparisons found."""
-
-    rows: list[dict[str, Any]]
-    same: list[SameAgainstSame]
-    notes: list[str]
-
-
-def _comparisons(recipe: Recipe, runs: dict[tuple[str, str], Runs]) -> Found:
-    found = Found([], [], [])
-    for claim in recipe.comparisons:
-        _compare(recipe, claim, runs[claim.better, claim.protocol], runs[claim.than, claim.protocol], found)
-    kinds = {arm.name: arm for arm in recipe.arms}
-    for name, protocol, metric in dict.fromkeys((c.than, c.protocol, c.metric) for c in recipe.comparisons):
-        if kinds[name].is_random:
-            _same_against_same(recipe, runs[name, protocol], metric, found)
-    return found
-
-
-def _compare(recipe: Recipe, claim: Comparison, better: Runs, than: Runs, found: Found) -> None:
-    base = {"better": claim.better, "than": claim.than, "protocol": claim.protocol, "metric": claim.metric}
-    # features without chance have one seed; both arms must have the same label draws
-    draws = min(better.probabilities_PDSNK.shape[1], than.probabilities_PDSNK.shape[1])
-    interval = nested_bootstrap(
-        better.probabilities_PDSNK[:, :draws],
-        than.probabilities_PDSNK[:, :draws],
-        better.labels_N,
-        better.patients_N,
-        metric=claim.metric,
-        replicates=recipe.bootstrap.replicates,
-        confidence=recipe.bootstrap.level,
-        seed=recipe.bootstrap.seed,
-    )
-    measured = {"difference": interval.difference, "low": interval.low, "high": interval.high, "p": interval.p}
-    found.rows.append(base | measured | {"test": BOOTSTRAP})
-    found.notes.extend(f"{claim.better} against {claim.than} under {claim.protocol}: {note}" for note in interval.notes)
-    # the papers' design: one encoder each, one labelled set, runs that differ in the head
-    first, second = better.metrics[claim.metric][0, 0], than.metrics[claim.metric][0, 0]
-    if min(len(first), len(second)) > 1:
-        test = welch(first, second)
-        measured = {"difference": test.difference, "low": test.low, "high": test.high, "p": test.p}
-        found.rows.append(base | measured | {"test": WELCH})
-
-
-def _same_against_same(recipe: Recipe, run: Runs, metric: str, found: Found) -> None:
-    """The papers' test where nothing differs: two random initialisations of the same arm."""
-    if run.probabilities_PDSNK.shape[0] < 2 or run.probabilities_PDSNK.shape[2] < 2:
-        return
-    replicates = recipe.bootstrap.replicates
-    same = aa_summary(run.probabilities_PDSNK, run.labels_N, run.patients_N, metric=metric, replicates=replicates)
-    if same.example is None:
-        return
-    base = {"better": run.arm, "than": run.arm, "protocol": run.protocol, "metric": metric}
-    test = same.example
-    measured = {"difference": test.difference, "low": test.low, "high": test.high, "p": test.p}
-    found.rows.append(base | measured | {"test": SAME_AGAINST_SAME})
-    found.same.append(SameAgainstSame(run.arm, run.protocol, metric, same.pairs, same.share_significant, same.threshold))
-
-
 def _confusions(study: Study, runs: dict[tuple[str, str], Runs]) -> dict[tuple[str, str], Confusion]:
     classes = study.specs.classes
     found = {}
@@ -273,7 +210,7 @@ def _confusions(study: Study, runs: dict[tuple[str, str], Runs]) -> dict[tuple[s
     return found
 
 
-def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) -> ReportData:
+def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found, planned: Planned) -> ReportData:
     from medssl.stages.report_facts import (
         arm_facts,
         dataset_facts,
@@ -293,12 +230,13 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
     encoders = study.encoders()
     curves = histories(study.store, encoders)
     recipe = study.recipe
+    main_protocol = recipe.comparisons[0].protocol if recipe.comparisons else recipe.protocols[0].name
     return ReportData(
         study=recipe.study,
         description=recipe.description,
         split=recipe.evaluation_split,
         main_metric=recipe.comparisons[0].metric if recipe.comparisons else recipe.metrics[0],
-        main_protocol=recipe.comparisons[0].protocol if recipe.comparisons else recipe.protocols[0].name,
+        main_protocol=main_protocol,
         interval_level=recipe.bootstrap.level,
         arms=[arm_facts(recipe, arm) for arm in recipe.arms],
         datasets=[dataset_facts(study.dataset, recipe)],
@@ -311,6 +249,9 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
         monitors=monitors(study.store, encoders),
         range_tests=range_tests(study.store, encoders),
         confusions=_confusions(study, runs),
+        **judge(recipe, study.specs, runs),
+        embeddings=embedding_maps(study),
+        mistakes=confident_mistakes(study, runs, main_protocol),
         view_sheets=view_sheets(study.store, encoders),
         recipe_yaml=dump(recipe),
         overrides=study.overrides,
@@ -319,6 +260,7 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found) 
         hardware=hardware(),
         feeding=feeding(recipe.images.feeding, curves),
         same_against_same=found.same,
+        first_list=FirstList(planned.recipe, planned.evaluated_before),
         notes=[*found.notes, *mix_notes(recipe.arms, study.specs)],
     )
 

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
+from medssl.claims import evaluated, fix_claims
 from medssl.errors import StoreError
 from medssl.events import Event
 from medssl.leases import Lease, Owner, lease
@@ -47,6 +48,7 @@ class Runner:
             study.emit(Event("message", f"study '{study.recipe.study}' is finished: nothing to do"))
             make_current(study.store, study.recipe.study, name)
             return load_result(study.store, study.recipe, name)
+        fix_claims(study.store, study.recipe, partial(evaluated, study))  # before anything of it can be known
         self.encoders()
         self.embeddings()
         self.searches()

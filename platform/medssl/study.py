@@ -17,9 +17,11 @@ from typing import Any
 import pandas as pd
 
 from medssl.artifacts import Marker, finished, read_marker, read_markers
+from medssl.claims import Detectable, detectable
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.errors import DataError, MedsslError, RecipeError, StoreError
 from medssl.events import Event, OnEvent
+from medssl.judging import check_report
 from medssl.leases import Lease, lease
 from medssl.mixes import Source, check_splits, joined_index
 from medssl.mixes import shown as all_shown
@@ -42,6 +44,8 @@ class PlanLine:
     """finished, to do, or waits (its inputs are not there yet, so its name is not known)."""
     images: int
     """Images it reads, each pass counted; 0 when nothing is to do."""
+    comparisons: tuple[Detectable, ...] = ()
+    """Of the report: how small a difference each comparison can show. Empty for every other stage."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Study:
         self.specs = Specs(recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others)
         self._check_splits()
         self._check_neighbours()
+        check_report(recipe, self.specs)
         self._check_pretrainings()
         self._finished = finished(store)
         self._markers: dict[str, Marker] = {}
@@ -210,7 +215,7 @@ class Study:
             if specs is None or not all(self.is_finished(s) for s in specs.values()):
                 return None
             names += [s.name for s in specs.values()]
-        return report_name(self.recipe, names, self.dataset.card)
+        return report_name(self.recipe, names, self.dataset.card, self.specs.index)
 
     def plan(self) -> list[PlanLine]:
         """The stages with their state and cost."""
@@ -233,7 +238,7 @@ class Study:
             lines.append(self._cell_line(cell))
         name = self.report_name()
         state = waits if name is None else ("finished" if name in self._finished else "to do")
-        return [*dict.fromkeys(lines), PlanLine("report", "report", state, 0)]
+        return [*dict.fromkeys(lines), PlanLine("report", "report", state, 0, detectable(self))]
 
     def _line(self, spec: Spec) -> PlanLine:
         done = self.is_finished(spec)
@@ -320,7 +325,7 @@ def _prepare(
 
 
 def plan(recipe: Recipe | str | Path | Mapping[str, Any], store: Store | str, *, overrides: Sequence[str] = ()) -> list[PlanLine]:
-    """Which stages a study has, which are finished, and what each will cost in images."""
+    """Which stages a study has, which are finished, what each will cost in images, and what the comparisons can show."""
     return Study(*_prepare(recipe, store, overrides)).plan()
 
 

@@ -60,11 +60,13 @@ def test_result_for_machines(place: Path, study: Path) -> None:
     tests = {c["test"] for c in result["comparisons"]}
     assert tests == {"nested bootstrap", "Welch over head seeds", "random against random"}
     for comparison in result["comparisons"]:
-        assert set(comparison) == {"better", "than", "protocol", "metric", "difference", "low", "high", "p", "test"}
+        documented = {"better", "than", "protocol", "metric", "difference", "low", "high", "p", "test"}
+        assert set(comparison) == documented | {"p_holm", "effect_size", "margin", "planned"}
         assert comparison["low"] <= comparison["difference"] <= comparison["high"]
     bootstrap = next(c for c in result["comparisons"] if c["test"] == "nested bootstrap")
     difference = probes["barlow_twins"]["mean"] - probes["random"]["mean"]
     assert bootstrap["difference"] == pytest.approx(difference, abs=1e-6)
+    assert bootstrap["p_holm"] == bootstrap["p"] and bootstrap["planned"] is True
 
 
 def test_what_is_in_the_store(store: Store) -> None:
@@ -77,7 +79,9 @@ def test_what_is_in_the_store(store: Store) -> None:
         "report.md",
         "scores.csv",
         "arms/random.json",
+        "planned.json",
     }
+    assert json.loads(store.read("studies/tiny/planned.json"))["evaluated_before"] == 0
     assert not store.list("ray/")
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from medssl.stages.report import format_result_table, render, result_json
 from medssl.stages.report_data import (
     BOOTSTRAP,
+    COLUMNS,
     SAME_AGAINST_SAME,
     WELCH,
     ArmFacts,
@@ -75,7 +76,11 @@ def fake_comparisons() -> pd.DataFrame:
         ("random", "random", "fine_tune", "balanced_accuracy", 0.0093, -0.0012, 0.0198, 0.0721, SAME_AGAINST_SAME),
     ]
     columns = ["better", "than", "protocol", "metric", "difference", "low", "high", "p", "test"]
-    return pd.DataFrame(rows, columns=columns)
+    frame = pd.DataFrame(rows, columns=columns)
+    evidence = frame["test"] == BOOTSTRAP
+    frame["p_holm"] = frame["p"].map({0.0002: 0.0006, 0.0081: 0.0162, 0.4372: 0.4372}).where(evidence)
+    frame["effect_size"] = pd.Series([4.1, np.nan, 2.3, np.nan, 0.7]).reindex(frame.index)
+    return frame.assign(margin=np.nan, planned=[True] * 6 + [None, None])
 
 
 def fake_history(steps: int = 660) -> pd.DataFrame:
@@ -245,21 +250,24 @@ def test_result_tables_of_html_and_markdown_hold_the_summary(data: ReportData, f
 
 def test_comparisons_stand_in_html_with_the_same_test_on_equal_arms_beside(files: dict[str, bytes]) -> None:
     table = next(t for t in Reader(files["report.html"].decode()).tables if "of A/A line" in " ".join(t[0]))
-    rows = {(row[0], row[1]): row[3:] for row in table[1:]}
+    rows = {(row[0], row[1]): row[2:] for row in table[1:]}
     assert rows[("barlow_twins over random", "linear probe")] == [
-        "+0.066", "+0.041 to +0.091", "< 0.001", "< 0.001", "< 0.001",
+        "+0.066", "+0.041 to +0.091", "< 0.001 (< 0.001)", "+4.100", "< 0.001", "< 0.001",
     ]  # fmt: skip
-    assert rows[("barlow_twins over random", "fine tune")] == ["+0.015", "−0.022 to +0.052", "0.437", "0.004", "0.072"]
-    assert rows[("barlow_twins over colour", "linear probe")][1] == "+0.010 to +0.063"
+    assert rows[("barlow_twins over random", "fine tune")] == [
+        "+0.015", "−0.022 to +0.052", "0.437 (0.437)", "+0.700", "0.004", "0.072",
+    ]  # fmt: skip
+    assert rows[("barlow_twins over colour", "linear probe")][1:3] == ["+0.010 to +0.063", "0.008 (0.016)"]
+    assert "p corrected for the 3 tests" in files["report.md"].decode()
 
 
 def test_every_test_is_listed_once(data: ReportData, files: dict[str, bytes]) -> None:
     table = next(t for t in Reader(files["report.html"].decode()).tables if "test" in t[0])
     wanted = sorted(
-        (f"{r.better} over {r.than}", r.protocol.replace("_", " "), r.test, signed3(r.difference), p_value(r.p))
+        (f"{r.better} over {r.than}", r.protocol.replace("_", " "), r.test, *map(p_value, (r.p, r.p_holm)), signed3(r.difference))
         for r in data.comparisons.itertuples()
     )
-    assert sorted((r[0], r[1], r[3], r[4], r[6]) for r in table[1:]) == wanted
+    assert sorted((r[0], r[1], r[3], r[6], r[7], r[4]) for r in table[1:]) == wanted
 
 
 def test_scores_of_the_validation_split_are_called_so(data: ReportData) -> None:
@@ -329,8 +337,7 @@ def test_warnings_come_from_the_data(data: ReportData) -> None:
 def test_nothing_but_a_name_gives_a_page() -> None:
     files = render(ReportData(study="empty"))
     assert "The study holds no scores." in files["report.md"].decode()
-    assert set(files) == {"report.html", "report.md", "scores.csv", "summary.csv", "comparisons.csv", "searches.csv",
-                          "per_class.csv"}  # fmt: skip
+    assert set(files) == {"report.html", "report.md", "per_class.csv", *(f"{name}.csv" for name in COLUMNS)}
     assert files["scores.csv"] == b"arm,protocol,pretraining_seed,label_draw,head_seed,metric,value\n"
     assert format_result_table(ReportData("x").summary, ReportData("x").comparisons) == "no results yet"
     assert result_json("empty", *(getattr(ReportData("x"), n) for n in ("scores", "summary", "comparisons"))) == {
@@ -475,3 +482,5 @@ def test_json_has_the_shape_that_is_promised(data: ReportData) -> None:
     assert saved["arms"][0]["values"] == first["value"].tolist()
     assert [list(c) for c in saved["comparisons"]] == [list(data.comparisons.columns)] * len(data.comparisons)
     assert [c["p"] for c in saved["comparisons"]] == data.comparisons["p"].tolist()
+    assert [c["planned"] for c in saved["comparisons"]] == [True] * 6 + [None] * 2
+    assert [c["p_holm"] for c in saved["comparisons"]] == [0.0006, None, 0.0162, None, 0.4372, None, None, None]

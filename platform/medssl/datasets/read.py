@@ -4,7 +4,7 @@ Ray.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,6 +78,35 @@ def decoded_batches(
         raise DataError(
             f"shard {shard.path} of {dataset_uri} holds {seen} images, its card says {shard.rows}: ingest again"
         )
+
+
+def stored_images(dataset: Dataset, rows: Iterable[int]) -> dict[int, bytes]:
+    """The encoded images of a few rows, by row. Reads the row groups that hold them, 16 MiB each at most, and no others.
+
+    Raises:
+        DataError: a shard is gone.
+    """
+    import pyarrow.parquet as pq
+
+    wanted, found = set(rows), dict[int, bytes]()
+    filesystem, root = retrying_filesystem(dataset.uri)
+    for shard in dataset.shards:
+        if wanted.isdisjoint(range(shard.first_row, shard.first_row + shard.rows)):
+            continue
+        try:
+            source = filesystem.open_input_file(f"{root}/{shard.path}")
+        except FileNotFoundError:
+            raise DataError(f"shard {shard.path} of {dataset.uri} is gone: was the dataset ingested anew? Run again") from None
+        with source, pq.ParquetFile(source) as file:
+            first = shard.first_row
+            for group in range(file.num_row_groups):
+                held = range(first, first + file.metadata.row_group(group).num_rows)
+                first = held.stop
+                here = sorted(wanted.intersection(held))
+                if here:
+                    images = file.read_row_group(group, columns=["image"])["image"]
+                    found |= {row: images[row - held.start].as_py() for row in here}
+    return found
 
 
 def decode_row(row: int, data: Any, decoding: Decoding, uri: str) -> NDArray[np.uint8]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from medssl.artifacts import Marker, folder, publish, read_marker
 from medssl.errors import DataError
-from medssl.metrics import METRICS
+from medssl.metrics import SCORES
 from medssl.protocols import FineTune, Probe, Protocol
 from medssl.recipe import Arm, Compute, Recipe
 from medssl.stages.context import Context, Opened
@@ -111,7 +111,7 @@ class _Score:
         seeds = range(protocol.search.head_seeds)
         fitted = _fit(opened, arm, protocol, 0, self.task.features, seeds, point, rows)
         labels = opened.specs.labels(rows)
-        metric = METRICS[protocol.search.metric]
+        metric = SCORES[protocol.search.metric]
         return float(np.mean([metric(p.astype(np.float64), labels, None) for p in fitted.probabilities_SNK]))
 
 
@@ -220,7 +220,7 @@ def _publish(
 ) -> None:  # fmt: skip
     labels, probabilities_NK = opened.specs.labels(rows), fitted.probabilities_SNK[position]
     wide = probabilities_NK.astype(np.float64)
-    scores = {name: float(metric(wide, labels, None)) for name, metric in METRICS.items()}  # the report takes its own
+    scores = {name: float(metric(wide, labels, None)) for name, metric in SCORES.items()}  # the report takes its own
     application = {
         "kind": protocol.kind,
         "probe": None if protocol.kind == "fine_tune" else protocol.probe.canonical(),

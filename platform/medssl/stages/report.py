@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from medssl.stages import report_comparisons as comparisons
+from medssl.stages import report_embedding as pictures
 from medssl.stages import report_figures as figures
 from medssl.stages import report_grids as grids
+from medssl.stages import report_judged as judged
 from medssl.stages import report_tables as tables
 from medssl.stages import report_words as words
+from medssl.stages.report_believed import believed
 from medssl.stages.report_data import DatasetFacts, ReportData, metric_order, protocol_order
 from medssl.stages.report_page import (
     Block,
@@ -30,7 +34,7 @@ from medssl.stages.report_text import metric_title
 
 __all__ = ["VERSION", "ReportData", "format_result_table", "render", "result_json"]
 
-VERSION = 1
+VERSION = 2
 """Raised when the same data give another report."""
 
 format_result_table = tables.format_result_table
@@ -38,7 +42,7 @@ result_json = tables.result_json
 
 
 def render(data: ReportData) -> dict[str, bytes]:
-    """`report.html`, `report.md`, and `scores`, `summary`, `comparisons`, `searches`, `per_class` as `.csv`.
+    """`report.html`, `report.md`, and as `.csv` every frame of the data (`COLUMNS`) and `per_class`.
 
     The HTML holds its style and pictures, runs no script and asks for nothing outside itself. Tables show three
     decimals, CSV files all digits.
@@ -55,6 +59,11 @@ def compose(data: ReportData) -> Page:
         ("comparisons", "Comparisons", _comparisons),
         ("seeds", "Scores over seeds", _seeds),
         ("classes", "Class by class", _classes),
+        ("believed", "Can the probabilities be believed?", believed),
+        ("units", "Per patient and per bag", judged.units),
+        ("subgroups", "Subgroups", judged.subgroups),
+        ("embedding", "What the features look like", lambda d: [pictures.embedding_maps(d)]),
+        ("mistakes", "The most confident mistakes", lambda d: [pictures.confident_mistakes(d)]),
         ("training", "Pretraining", _training),
         ("search", "Search", _search),
         ("views", "Augmented views", lambda d: [grids.view_sheets(d)]),
@@ -85,10 +94,11 @@ def _comparisons(data: ReportData) -> list[Block | None]:
     if data.comparisons.empty:
         return []
     main = [data.main_metric] if (data.comparisons["metric"] == data.main_metric).any() else metric_order(data)
-    every = tables.all_tests_table(data)
+    every = comparisons.all_tests_table(data)
     return [
+        words.about_plan(data),
         figures.differences(data, data.main_metric),
-        tables.comparison_table(data, main),
+        comparisons.comparison_table(data, main),
         words.about_welch(data),
         Fold("Every test, with the A/A rows one by one", [every]) if every else None,
     ]
@@ -107,7 +117,7 @@ def _seeds(data: ReportData) -> list[Block | None]:
 
 def _classes(data: ReportData) -> list[Block | None]:
     recalls: list[Block | None] = [tables.recall_table(data, protocol) for protocol in protocol_order(data)]
-    return [*recalls, grids.confusion_matrices(data)]
+    return [*recalls, *judged.class_tables(data), grids.confusion_matrices(data)]
 
 
 def _training(data: ReportData) -> list[Block | None]:

@@ -10,12 +10,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medssl.calibration import Reliability
 from medssl.training.finder import RangeTest
 
 BOOTSTRAP = "nested bootstrap"
 WELCH = "Welch over head seeds"
 SAME_AGAINST_SAME = "random against random"
-"""Names in the column `test` of the comparisons: the evidence, the papers' test, that test where nothing differs."""
+EQUIVALENCE = "equivalence, nested bootstrap"
+NOT_REPORTED = "planned, not reported"
+"""Names in the column `test` of the comparisons: the evidence, the papers' test, that test where nothing differs, the evidence
+that two arms differ by less than a margin, and a claim of the first run that the recipe has no more (a row without numbers)."""
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "scores": ("arm", "protocol", "pretraining_seed", "label_draw", "head_seed", "metric", "value"),
@@ -23,15 +27,38 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "arm", "protocol", "metric", "mean", "std", "std_head", "std_draw", "std_pretraining",
         "n", "n_pretraining", "n_draw", "n_head",
     ),
-    "comparisons": ("better", "than", "protocol", "metric", "difference", "low", "high", "p", "test"),
+    "comparisons": (
+        "better", "than", "protocol", "metric", "difference", "low", "high", "p", "test",
+        "p_holm", "effect_size", "margin", "planned",
+    ),
     "searches": ("arm", "protocol", "learning_rate", "weight_decay", "score", "best", "on_edge"),
+    "class_scores": (
+        "arm", "protocol", "class", "images", "precision", "recall", "f1", "auc", "average_precision", "sensitivity",
+    ),
+    "calibration": ("arm", "protocol", "confidence", "accuracy", "ece", "brier", "ece_corrected", "brier_corrected"),
+    "priors": ("arm", "protocol", "metric", "measured", "as_it_is", "corrected"),
+    "units": ("unit", "arm", "protocol", "metric", "per_image", "per_unit"),
+    "subgroups": (
+        "column", "group", "arm", "protocol", "metric", "images", "patients", "classes", "score", "low", "high",
+    ),
 }  # fmt: skip
-"""Columns of the frames. A frame may have more; a missing column reads as empty."""
+"""Columns of the frames. A frame may have more; a missing column reads as empty.
+
+Of the comparisons: `p_holm` is p corrected for the number of tests on the nested bootstrap, `effect_size` Hedges' g over all
+runs, `margin` that of an equivalence test (whose interval is at twice its level), `planned` whether it was in the list of the
+first run (None where nobody knows, or where it is no claim).
+"""
 
 
 def empty(frame: str) -> pd.DataFrame:
     """An empty frame with the columns of `COLUMNS[frame]`."""
     return pd.DataFrame(columns=list(COLUMNS[frame]))
+
+
+def complete(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The frame with every column of `COLUMNS[name]` (missing ones empty), those first, a fresh index."""
+    columns = list(COLUMNS[name])
+    return frame.reindex(columns=[*columns, *(c for c in frame.columns if c not in columns)]).reset_index(drop=True)
 
 
 @dataclass(frozen=True)
@@ -99,6 +126,69 @@ class SameAgainstSame:
     threshold: float = 0.01
 
 
+@dataclass(frozen=True)
+class UnitFacts:
+    """How the judged images lie in patients or in bags (lesions, cases)."""
+
+    unit: str
+    """patient or bag."""
+    units: int
+    """Scored ones; an image whose unit is not known is one of its own."""
+    images: int
+    """Images of the scored ones."""
+    several: int
+    """Scored ones with more than one image."""
+    torn: int
+    """Left out because their images have different labels."""
+    torn_images: int
+
+
+@dataclass(frozen=True, eq=False)
+class DecisionCurves:
+    """Net benefit of acting on the probability of one class, mean over the runs; class frequencies that class weights took out of
+    the training are put back first."""
+
+    class_name: str
+    share: float
+    """Of the judged images that are of the class."""
+    thresholds_T: NDArray[np.floating]
+    all_T: NDArray[np.floating]
+    """Of acting on every image."""
+    models: Mapping[tuple[str, str], NDArray[np.floating]]
+    """(T,) by (arm, protocol)."""
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingMap:
+    """Judged images where t-SNE puts their features."""
+
+    points_N2: NDArray[np.floating]
+    labels_N: NDArray[np.integer]
+    classes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that an arm names wrongly and confidently."""
+
+    image_id: str
+    label: str
+    predicted: str
+    confidence: float
+    """Mean probability of `predicted` over the runs."""
+    png: bytes
+
+
+@dataclass(frozen=True)
+class FirstList:
+    """How the list of comparisons was fixed, when the study was first run."""
+
+    recipe: str
+    """Digest of the recipe that fixed it."""
+    evaluated_before: int
+    """Evaluations of that recipe that had been made by then: with any, the list may have been chosen with scores in view."""
+
+
 @dataclass(frozen=True, eq=False)
 class ReportData:
     """Everything a report shows. Frames have the columns of `COLUMNS`; all but `study` may be empty."""
@@ -120,7 +210,9 @@ class ReportData:
     scores: pd.DataFrame = field(default_factory=lambda: empty("scores"))
     summary: pd.DataFrame = field(default_factory=lambda: empty("summary"))
     comparisons: pd.DataFrame = field(default_factory=lambda: empty("comparisons"))
-    """`test` is one of BOOTSTRAP, WELCH, SAME_AGAINST_SAME, or any other name, which is listed as it is."""
+    """`test` is one of the names above, or any other, which is listed as it is."""
+    first_list: FirstList | None = None
+    """None where nobody knows which comparisons were planned."""
     same_against_same: Sequence[SameAgainstSame] = ()
     """The A/A line over all pairs of seeds, where it was counted (the comparisons hold single pairs)."""
     searches: pd.DataFrame = field(default_factory=lambda: empty("searches"))
@@ -136,6 +228,30 @@ class ReportData:
     """Range tests of the learning-rate finder by (arm, pretraining seed)."""
     confusions: Mapping[tuple[str, str], Confusion] = field(default_factory=dict)
     """By (arm, protocol)."""
+    class_scores: pd.DataFrame = field(default_factory=lambda: empty("class_scores"))
+    """Scores of each class against the rest, mean over the runs; precision over those that predict the class at all."""
+    specificity: float = 0.95
+    """That `sensitivity` in the class scores is at."""
+    calibration: pd.DataFrame = field(default_factory=lambda: empty("calibration"))
+    """Mean over the runs: confidence, accuracy, expected calibration error and Brier score; the last two also with the class
+    frequencies of the labelled images put back, NaN where class weights did not take them out."""
+    reliabilities: Mapping[tuple[str, str], tuple[Reliability, Reliability | None]] = field(default_factory=dict)
+    """All runs' predictions together by (arm, protocol): as they are, and with the class frequencies put back."""
+    deployment_prior: Mapping[str, float] = field(default_factory=dict)
+    """Share of each class where the classifier is to be used."""
+    priors: pd.DataFrame = field(default_factory=lambda: empty("priors"))
+    """Scores as measured, and with images weighed to the deployment prior: probabilities as they are, and corrected for it."""
+    decisions: DecisionCurves | None = None
+    units: pd.DataFrame = field(default_factory=lambda: empty("units"))
+    """Scores per image and per patient or bag, over the same images."""
+    unit_facts: Sequence[UnitFacts] = ()
+    subgroups: pd.DataFrame = field(default_factory=lambda: empty("subgroups"))
+    """Scores by group of a column, with intervals over patients; NaN for groups of fewer images than `smallest_group`."""
+    smallest_group: int = 1
+    embeddings: Mapping[str, EmbeddingMap] = field(default_factory=dict)
+    """By arm."""
+    mistakes: Mapping[str, Sequence[Mistake]] = field(default_factory=dict)
+    """By arm, under the main protocol, the most confident first; empty unless the recipe allows images in reports."""
     view_sheets: Mapping[str, bytes] = field(default_factory=dict)
     """A PNG of augmented views by arm."""
     feeding: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -157,7 +273,6 @@ class ReportData:
     def judged(self) -> str:
         """The split in words: test or validation."""
         return {"val": "validation"}.get(self.split, self.split)
-
 
 
 def arm_order(data: ReportData) -> list[str]:

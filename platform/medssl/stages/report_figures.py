@@ -10,8 +10,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from medssl.stages import report_svg as svg
+from medssl.stages.report_comparisons import KEYS
 from medssl.stages.report_data import (
     BOOTSTRAP,
+    EQUIVALENCE,
     ReportData,
     arm_kind,
     arm_order,
@@ -152,7 +154,9 @@ def differences(data: ReportData, metric: str) -> Figure | None:
     if rows.empty:
         return None
     ends = np.concatenate([pd.to_numeric(rows[c], errors="coerce").to_numpy(dtype=float) for c in ("low", "high")])
-    known = np.concatenate([ends[np.isfinite(ends)], rows["difference"].to_numpy(dtype=float), [0.0]])
+    immaterial = _margins(frame, rows)
+    reach = [*immaterial, *(-wide for wide in immaterial), 0.0]
+    known = np.concatenate([ends[np.isfinite(ends)], rows["difference"].to_numpy(dtype=float), reach])
     low, high = float(known.min()), float(known.max())
     margin = max((high - low) * 0.08, 0.004)
     width, step, top = _STRIP_WIDTH, 46.0, 8.0
@@ -160,6 +164,9 @@ def differences(data: ReportData, metric: str) -> Figure | None:
     panel = svg.Panel(width, bottom + 42, f"differences in {metric_title(metric)} with intervals")
     scale = svg.Scale(low - margin, high + margin, 14, width - 14)
     panel.x_axis(scale, top, bottom, f"difference in {metric_title(metric)} (right of 0: the first arm is higher)", 6)
+    for i, wide in enumerate(immaterial):
+        if wide > 0:
+            panel.rect((scale(-wide), top + step * i + 21, scale(wide) - scale(-wide), 20), "#e3e3e3")
     panel.line((scale(0), top, scale(0), bottom), svg.INK, 1.4)
     for i, row in enumerate(rows.itertuples(index=False)):
         y = top + step * i
@@ -176,7 +183,15 @@ def differences(data: ReportData, metric: str) -> Figure | None:
         f"Differences between arms with {data.interval_level:.0%} intervals from the nested bootstrap (over "
         "pretraining seeds, label draws, head seeds and patients). Blue: the interval leaves out 0. Grey: it does not."
     )
+    caption += " Grey band: differences within the recipe's margin, which do not matter." if any(immaterial) else ""
     return Figure(caption, [panel.svg()], wide=True)
+
+
+def _margins(frame: pd.DataFrame, rows: pd.DataFrame) -> list[float]:
+    """Equivalence margin of each comparison in `rows`; 0 where it has none."""
+    tested = frame[frame["test"] == EQUIVALENCE]
+    known = {tuple(row[k] for k in KEYS): float(row["margin"]) for _, row in tested.iterrows()}
+    return [known.get(tuple(row[k] for k in KEYS), 0.0) for _, row in rows.iterrows()]
 
 
 def training_curves(data: ReportData) -> Figure | None:

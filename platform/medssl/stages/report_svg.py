@@ -16,6 +16,12 @@ from markupsafe import Markup, escape
 INK, SOFT, GRID = "#1a1a1a", "#555555", "#e2e2e2"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's colours without yellow, which is too pale on white: told apart with every common colour blindness."""
+_SHAPES = (
+    "M{x} {y}h0", "M{x} {y}m-{h} -{h}h{d}v{d}h-{d}z", "M{x} {y}m0 -{h}l{h} {d}h-{d}z", "M{x} {y}m-{h} 0h{d}m-{h} -{h}v{d}",
+    "M{x} {y}m0 -{d}l{h} {d} -{h} {d} -{h} -{d}z", "M{x} {y}m-{h} -{h}l{d} {d}m-{d} 0l{d} -{d}",
+    "M{x} {y}m-{h} -{h}h{d}l-{h} {d}z",
+)  # fmt: skip
+"""Dot, square, triangle, plus, tall diamond, cross, triangle upside down: SVG paths around (x, y), h half of the size d."""
 DASHES = ("", "6 3", "2 2", "8 3 2 3", "1 3", "10 4", "4 2 1 2")
 
 
@@ -130,6 +136,20 @@ class Panel:
                 f' stroke-opacity="{opacity:g}"/>'
             )
 
+    def marks(self, points: Sequence[tuple[float, float]], index: int, size: float = 5) -> None:
+        """Marks of the index-th class as one path: colour and shape, which are together another for each of 49 classes."""
+        if not points:
+            return
+        shape = (index + index // len(COLOURS)) % len(_SHAPES)
+        h = number(size / 2)
+        path = "".join(_SHAPES[shape].format(x=number(x), y=number(y), h=h, d=number(size)) for x, y in points)
+        if "z" in path:
+            look = f'fill="{colour(index)}" fill-opacity="0.75"'
+        else:
+            width = size if "h0" in path else size / 3
+            look = f'fill="none" stroke="{colour(index)}" stroke-width="{number(width)}" stroke-linecap="round"'
+        self.parts.append(f'<path d="{path}" {look}/>')
+
     def rect(
         self, box: tuple[float, float, float, float], fill: str, stroke: str = "none", *, line: float = 1,
         title: str = "",
@@ -190,6 +210,13 @@ def swatch(fill: str, pattern: str = "", line: bool = False) -> Markup:
         f'<svg width="{number(panel.width)}" height="12" viewBox="0 0 {number(panel.width)} 12"'
         f' aria-hidden="true">{body}</svg>'
     )
+
+
+def mark_swatch(index: int) -> Markup:
+    """A legend's sample of the index-th class's marks."""
+    panel = Panel(14, 14, "")
+    panel.marks([(7, 7)], index, 7)
+    return Markup(f'<svg width="14" height="14" viewBox="0 0 14 14" aria-hidden="true">{"".join(panel.parts)}</svg>')
 
 
 def clipped(text: str, length: int) -> str:

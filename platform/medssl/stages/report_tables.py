@@ -9,41 +9,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medssl.stages.report_data import (
-    BOOTSTRAP,
-    COLUMNS,
-    SAME_AGAINST_SAME,
-    WELCH,
-    DatasetFacts,
-    ReportData,
-    arm_order,
-    metric_order,
-    protocol_order,
-)
+from medssl.metrics import LOWER_IS_BETTER
+from medssl.stages.report_comparisons import ADDED, all_tests_table, is_planned
+from medssl.stages.report_data import COLUMNS, DatasetFacts, ReportData, arm_order, complete, metric_order, protocol_order
 from medssl.stages.report_page import Column, Table
 from medssl.stages.report_text import (
-    LOWER_IS_BETTER,
     NONE,
     as_float,
     cell,
     count,
-    interval,
     mean_std,
     metric_title,
     number3,
-    p_value,
-    signed3,
+    place,
     title_of,
 )
 
 _BAG_ROWS = 12
 """Sizes of bags with a row of their own."""
-
-
-def complete(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The frame with every column of `COLUMNS[name]` (missing ones empty), those first, a fresh index."""
-    columns = list(COLUMNS[name])
-    return frame.reindex(columns=[*columns, *(c for c in frame.columns if c not in columns)]).reset_index(drop=True)
 
 
 def result_table(data: ReportData, protocol: str) -> Table | None:
@@ -73,9 +56,11 @@ def result_table(data: ReportData, protocol: str) -> Table | None:
     columns.append(Column("n", "seeds × draws × heads", True))
     caption = (
         f"{title_of(protocol)}, {data.judged} split: mean ± standard deviation over all n scores (pretraining seeds × label "
-        "draws × head seeds). Bold: the highest mean, which is not yet a claim; the comparisons below say what is."
+        "draws × head seeds). Bold: the best mean, which is not yet a claim; the comparisons below say what is."
     )
     caption += " AUC is one-vs-rest, averaged over classes." if "auc" in metrics else ""
+    lower = [metric_title(m) for m in metrics if m in LOWER_IS_BETTER]
+    caption += f" Lower is better: {', '.join(lower)}." if lower else ""
     return Table(caption, columns, lines, frozenset(bold))
 
 
@@ -105,82 +90,6 @@ def spread_table(data: ReportData, metric: str) -> Table | None:
     ]  # fmt: skip
     caption = f"Where the scatter of {metric_title(metric)} comes from: standard deviation over each kind of repeat."
     return Table(caption, columns, lines)
-
-
-def comparison_table(data: ReportData, metrics: Sequence[str]) -> Table | None:
-    """One row a comparison: bootstrap interval, the Welch test, and beside it the same test where nothing differs."""
-    frame = complete(data.comparisons, "comparisons")
-    kept = frame[frame["metric"].isin(list(metrics)) & frame["test"].isin([BOOTSTRAP, WELCH])]
-    if kept.empty:
-        return None
-    lines = []
-    keys = ["better", "than", "protocol", "metric"]
-    for key in dict.fromkeys(tuple(str(v) for v in row) for row in kept[keys].itertuples(index=False)):
-        mine = kept[(kept[keys].astype(str) == list(key)).all(axis=1)]
-        by_test = {str(r["test"]): r for _, r in mine.iterrows()}
-        evidence, welch = by_test.get(BOOTSTRAP), by_test.get(WELCH)
-        first = evidence if evidence is not None else mine.iloc[0]
-        line = [f"{key[0]} over {key[1]}", title_of(key[2]), metric_title(key[3]), signed3(first["difference"])]
-        line.append(NONE if evidence is None else interval(evidence["low"], evidence["high"]))
-        line.append(NONE if evidence is None else p_value(evidence["p"]))
-        line.append(NONE if welch is None else p_value(welch["p"]))
-        line.append(_same_line(frame, key[2], key[3]))
-        lines.append(line)
-    columns = [
-        Column("comparison"), Column("protocol"), Column("metric"), Column("difference", "", True),
-        Column(f"{data.interval_level:.0%} interval", BOOTSTRAP, True), Column("p", BOOTSTRAP, True),
-        Column("p", WELCH, True), Column("p of A/A line", "random against random", True),
-    ]  # fmt: skip
-    caption = f"Comparisons on the {data.judged} split. The interval is the evidence. A/A: Welch's test where nothing differs."
-    caption += " Intervals and p are not corrected for the number of comparisons." if len(lines) > 1 else ""
-    return Table(caption, columns, lines)
-
-
-def _same_line(frame: pd.DataFrame, protocol: str, metric: str) -> str:
-    """p of the A/A rows of a protocol and metric: the one value, or the range over pairs."""
-    p = same_against_same(frame, protocol, metric)
-    if not len(p):
-        return NONE
-    low, high = p_value(p.min()), p_value(p.max())
-    return low if len(p) == 1 else f"{low} … {high} ({len(p)} pairs)" if low != high else f"{low} ({len(p)} pairs)"
-
-
-def same_against_same(comparisons: pd.DataFrame, protocol: str | None = None, metric: str | None = None) -> np.ndarray:
-    """p values of the A/A rows, of one protocol and metric if given."""
-    rows = comparisons[comparisons["test"] == SAME_AGAINST_SAME] if "test" in comparisons else comparisons.iloc[:0]
-    for column, value in (("protocol", protocol), ("metric", metric)):
-        rows = rows if value is None or rows.empty else rows[rows[column] == value]
-    p = pd.to_numeric(rows["p"], errors="coerce").to_numpy(dtype=float) if len(rows) else np.empty(0)
-    return p[np.isfinite(p)]
-
-
-def all_tests_table(data: ReportData) -> Table | None:
-    """Every row of the comparisons as it is, the A/A rows right below the Welch tests of their protocol and metric."""
-    frame = complete(data.comparisons, "comparisons")
-    if frame.empty:
-        return None
-    rank = {BOOTSTRAP: 0, WELCH: 1, SAME_AGAINST_SAME: 2}
-    order = frame.assign(
-        _protocol=[_place(protocol_order(data), v) for v in frame["protocol"]],
-        _metric=[_place(metric_order(data), v) for v in frame["metric"]],
-        _test=[rank.get(str(v), 3) for v in frame["test"]],
-    ).sort_values(["_protocol", "_metric", "_test"], kind="stable")
-    lines = [
-        [
-            f"{row['better']} over {row['than']}", title_of(str(row["protocol"])), metric_title(str(row["metric"])),
-            str(row["test"]), signed3(row["difference"]), interval(row["low"], row["high"]), p_value(row["p"]),
-        ]
-        for _, row in order.iterrows()
-    ]  # fmt: skip
-    columns = [
-        Column("comparison"), Column("protocol"), Column("metric"), Column("test"), Column("difference", "", True),
-        Column(f"{data.interval_level:.0%} interval", "", True), Column("p", "", True),
-    ]  # fmt: skip
-    return Table("Every test of this study.", columns, lines)
-
-
-def _place(order: Sequence[str], value: object) -> int:
-    return order.index(str(value)) if str(value) in order else len(order)
 
 
 def chosen_table(data: ReportData) -> Table | None:
@@ -246,7 +155,7 @@ def counts_table(facts: DatasetFacts) -> Table | None:
     """Images and patients of a dataset by split and class."""
     if not facts.counts:
         return None
-    splits = sorted(facts.counts, key=lambda s: (_place(("train", "validation", "test"), s), s))
+    splits = sorted(facts.counts, key=lambda s: (place(("train", "validation", "test"), s), s))
     names = sorted({c for split in facts.counts.values() for c in split})
     lines = [[name, *(count(facts.counts[s].get(name, 0)) for s in splits)] for name in names]
     lines = [[*line, count(sum(facts.counts[s].get(line[0], 0) for s in splits))] for line in lines]
@@ -335,8 +244,9 @@ def result_json(
             "mean": _json(row["mean"]), "std": _json(row["std"]),
             "n": int(number) if math.isfinite(number) else len(ordered), "values": [_json(v) for v in ordered],
         })  # fmt: skip
+    texts = ("better", "than", "protocol", "metric", "test")
     tests = [
-        {c: str(row[c]) if c in ("better", "than", "protocol", "metric", "test") else _json(row[c])
+        {c: str(row[c]) if c in texts else is_planned(row[c]) if c == "planned" else _json(row[c])
          for c in COLUMNS["comparisons"]}
         for _, row in complete(comparisons, "comparisons").iterrows()
     ]  # fmt: skip
@@ -360,9 +270,12 @@ def format_result_table(summary: pd.DataFrame, comparisons: pd.DataFrame, *, met
     limited = comparisons if metric is None or comparisons.empty else comparisons[comparisons["metric"] == metric]
     tests = all_tests_table(ReportData(study="", summary=summary, comparisons=limited, main_metric=data.main_metric))
     if tests is not None:
-        rows = [[r[0], r[1], _short_title(r[2]), *r[4:], r[3]] for r in tests.rows]
-        heads = ["comparison", "protocol", "metric", "difference", tests.columns[5].title, "p", "test"]
-        blocks.append(_aligned([heads, *rows], [False, False, False, True, True, True, False]))
+        rows = [
+            [r[0], r[1], _short_title(r[2]), *r[4:8], f"{r[3]} ({ADDED})" if r[8] == ADDED else r[3]]
+            for r in tests.rows
+        ]  # fmt: skip
+        heads = ["comparison", "protocol", "metric", "difference", tests.columns[5].title, "p", "p, Holm", "test"]
+        blocks.append(_aligned([heads, *rows], [False, False, False, True, True, True, True, False]))
     return "\n\n".join(blocks) if blocks else "no results yet"
 
 

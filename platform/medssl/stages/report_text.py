@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 METRIC_TITLES = {
@@ -11,8 +12,8 @@ METRIC_TITLES = {
     "f1_weighted": "weighted F1",
     "f1_macro": "macro F1",
     "auc": "AUC",
+    "expected_calibration_error": "calibration error (ECE)",
 }
-LOWER_IS_BETTER = {"log_loss", "brier", "ece", "calibration_error"}
 NONE = "–"
 """Stands where there is no number."""
 
@@ -25,6 +26,11 @@ def title_of(name: str) -> str:
 def metric_title(name: str) -> str:
     """A metric's name in running text."""
     return METRIC_TITLES.get(name, title_of(name))
+
+
+def place(order: Sequence[str], value: object) -> int:
+    """Position of a name in an order; behind the last where it is not in it."""
+    return order.index(str(value)) if str(value) in order else len(order)
 
 
 def as_float(value: Any) -> float:

@@ -8,24 +8,29 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from medssl.metrics import LOWER_IS_BETTER
+from medssl.stages.report_comparisons import ADDED, KEYS, claims, corrected_tests, is_planned, margin_of, same_against_same
 from medssl.stages.report_data import (
     BOOTSTRAP,
+    EQUIVALENCE,
+    NOT_REPORTED,
     SAME_AGAINST_SAME,
     WELCH,
     DatasetFacts,
     ReportData,
     arm_kind,
     arm_order,
+    complete,
     protocol_order,
 )
 from medssl.stages.report_page import Text
-from medssl.stages.report_tables import complete, on_edge, same_against_same
+from medssl.stages.report_tables import on_edge
 from medssl.stages.report_text import (
-    LOWER_IS_BETTER,
     as_float,
     interval,
     metric_title,
     number3,
+    p_value,
     plural,
     signed3,
     title_of,
@@ -47,6 +52,14 @@ MEANINGS = {
     "auc": (
         "AUC (one-vs-rest) is the chance that an image of a class is ranked above an image of another class, averaged "
         "over classes; 0.5 is guessing."
+    ),
+    "average_precision": (
+        "Average precision is the precision averaged over the thresholds that find one image of a class after the other, "
+        "averaged over classes; guessing gives a class's share of the images."
+    ),
+    "expected_calibration_error": (
+        "The calibration error (ECE) is how far the classifier's confidence is from the share of images that it names correctly; "
+        "lower is better."
     ),
 }
 
@@ -81,20 +94,96 @@ def _verdict(data: ReportData, row: pd.Series) -> Text:
     if not (math.isfinite(low) and math.isfinite(high)):
         text = f"{measured}. No interval could be computed, so nothing is claimed."
         return Text(text, f"{better} against {than} ({where}): no claim.", "unclear")
-    ends = sorted((sign * low, sign * high))
-    if ends[0] > 0 or ends[1] < 0:
-        text = f"{measured} {span}.{_in_hundred(data, first, second, better, than)}"
-        text += _few(data, better, than, protocol)
-        if any(_single_pretraining(data, arm, protocol) for arm in (better, than)):
-            higher = "better" if ends[0] > 0 else "worse"
-            return Text(text, f"{better} scored {higher} than {than} ({where}), from a single pretraining.", "unclear")
-        return Text(text, f"{better} is {'better' if ends[0] > 0 else 'worse'} than {than} ({where}).", "good")
-    text = (
-        f"{measured} {span}. The interval includes no difference: these data do not show which of the two is better, "
-        "nor that they are equally good."
+    text = f"{measured} {span}."
+    if low * high > 0:
+        return _apart(data, row, text + _in_hundred(data, first, second, better, than), sign * low > 0)
+    few, same = _few(data, better, than, protocol) + _late(row), _shown_equivalence(data, row)
+    text += " The interval includes no difference"
+    if same is not None:
+        head = f"{better} and {than} differ by less than {margin_of(same)} ({where})"
+        if _from_one(data, row):
+            return Text(f"{text}.{_immaterial(data, same)}{few}", f"{head}, from a single pretraining.", "unclear")
+        return Text(f"{text}.{_immaterial(data, same)}{few}", f"{head}.", "good")
+    tried = _equivalence_of(data, row)
+    equal = "nor that they are equally good" if tried is None else f"nor that they differ by less than {margin_of(tried)}"
+    text += f": these data do not show which of the two is better, {equal}."
+    return Text(text + few, f"Not enough evidence: {better} against {than} ({where}).", "unclear")
+
+
+def _apart(data: ReportData, row: pd.Series, text: str, is_better: bool) -> Text:
+    """The statement where the interval leaves out no difference."""
+    better, than, protocol = str(row["better"]), str(row["than"]), str(row["protocol"])
+    higher, where = "better" if is_better else "worse", title_of(protocol)
+    same = _shown_equivalence(data, row)
+    text += "" if same is None else _immaterial(data, same)
+    text += _few(data, better, than, protocol) + _late(row)
+    if _from_one(data, row):
+        return Text(text, f"{better} scored {higher} than {than} ({where}), from a single pretraining.", "unclear")
+    if as_float(row["p_holm"]) >= 1 - data.interval_level:
+        tests = corrected_tests(data.comparisons)
+        text += f" Corrected for the {tests} tests of this study (Holm), p is {p_value(row['p_holm'])}."
+        head = f"{better} scored {higher} than {than} ({where}), but not beyond what so many tests find by chance."
+        return Text(text, head, "unclear")
+    return Text(text, f"{better} is {higher} than {than} ({where}).", "good")
+
+
+def _from_one(data: ReportData, row: pd.Series) -> bool:
+    """Whether one of the two arms has a single pretraining."""
+    return any(_single_pretraining(data, str(row[arm]), str(row["protocol"])) for arm in ("better", "than"))
+
+
+def _equivalence_of(data: ReportData, row: pd.Series) -> pd.Series | None:
+    """The equivalence test of a claim, where the recipe has a margin for it."""
+    frame = complete(data.comparisons, "comparisons")
+    rows = frame[(frame["test"] == EQUIVALENCE) & (frame[list(KEYS)] == list(row[list(KEYS)])).all(axis=1)]
+    return None if rows.empty else rows.iloc[0]
+
+
+def _shown_equivalence(data: ReportData, row: pd.Series) -> pd.Series | None:
+    """The same where it says that the two differ by less than the margin, corrected for the study's other tests too."""
+    same = _equivalence_of(data, row)
+    ps = [] if same is None else [p for p in (as_float(same["p"]), as_float(same["p_holm"])) if math.isfinite(p)]
+    return same if ps and max(ps) < 1 - data.interval_level else None
+
+
+def _immaterial(data: ReportData, same: pd.Series) -> str:
+    """That a difference is smaller than what the recipe calls immaterial."""
+    late = f" (a margin {ADDED})" if is_planned(same["planned"]) is False else ""
+    return (
+        f" It is smaller than the margin of {margin_of(same)} that the recipe calls immaterial{late}: the "
+        f"{2 * data.interval_level - 1:.0%} interval {interval(same['low'], same['high'])} lies within it."
     )
-    head = f"Not enough evidence: {better} against {than} ({where})."
-    return Text(text + _few(data, better, than, protocol), head, "unclear")
+
+
+def _late(row: pd.Series) -> str:
+    return f" This comparison was {ADDED}." if is_planned(row["planned"]) is False else ""
+
+
+def about_plan(data: ReportData) -> Text | None:
+    """When the list of comparisons was fixed, which were added later, and which were dropped; None where nobody knows."""
+    if data.first_list is None:
+        return None
+    before = data.first_list.evaluated_before
+    text = f"The comparisons were fixed when this study was first run (recipe {data.first_list.recipe[:12]})"
+    text += (
+        ", before any of its evaluations." if not before
+        else f". By then {plural(before, 'evaluation')} of its arms had been made in this store, so the list may have been "
+        "chosen with their scores in view."
+    )  # fmt: skip
+    added, dropped = [], []
+    for (better, than, protocol, metric), by_test in claims(complete(data.comparisons, "comparisons")):
+        name = f"{better} over {than} ({title_of(protocol)}, {metric_title(metric)})"
+        late = [test for test, row in by_test.items() if is_planned(row["planned"]) is False]
+        if BOOTSTRAP in late:
+            added.append(name)
+        elif late:
+            added.append(f"the margin of {margin_of(by_test[late[0]])} for {name}")
+        if NOT_REPORTED in by_test:
+            margin = f"the margin of {margin_of(by_test[NOT_REPORTED])} for " if BOOTSTRAP in by_test else ""
+            dropped.append(margin + name)
+    text += f" {ADDED[0].upper()}{ADDED[1:]}: {'; '.join(added)}." if added else ""
+    text += f" {NOT_REPORTED[0].upper()}{NOT_REPORTED[1:]}: {'; '.join(dropped)}." if dropped else ""
+    return Text(text, tone="warning" if added or dropped or before else "plain")
 
 
 def _in_hundred(data: ReportData, first: float, second: float, better: str, than: str) -> str:

@@ -22,7 +22,7 @@ from medssl.protocols import Probe, Protocol
 from medssl.recipe import Arm, Recipe
 
 # Raised when a stage's numbers change for the same configuration.
-VERSIONS = {"pretrain": 2, "initialise": 2, "embed": 2, "search": 2, "evaluate": 2, "report": 2}
+VERSIONS = {"pretrain": 2, "initialise": 2, "embed": 2, "search": 2, "evaluate": 2, "report": 3}
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 

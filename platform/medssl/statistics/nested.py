@@ -1,18 +1,21 @@
 """The nested bootstrap: an interval for the difference of two arms that varies everything a repeat could vary.
 
+On its result rests the test of equivalence; with two fixed models it is the paired bootstrap over patients.
+
 Shapes: P pretraining seeds, D label draws, S head seeds, M = P*D*S models, N images, K classes, R bootstrap replicates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 from medssl.metrics import COUNT_METRICS, METRICS, Counts, Float, Int
+from medssl.statistics.samples import EquivalenceResult
 
 _MODELS_AT_ONCE = 64
 """Models scored together: bounds the memory for one-hot predictions."""
@@ -111,6 +114,69 @@ def nested_bootstrap(
         variances=variances,
         notes=notes,
     )
+
+
+def paired_bootstrap(
+    first_NK: Float,
+    second_NK: Float,
+    labels_N: Int,
+    patients_N: Sequence[object] | NDArray[np.generic],
+    *,
+    metric: str = "balanced_accuracy",
+    replicates: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> BootstrapResult:
+    """Interval of score(first) - score(second) for two sets of predictions on the same images, over patients alone.
+
+    Both models are taken as they are: each replicate draws patients, with all their images, and scores both on them. It is
+    the nested bootstrap with one model on each side: n - 1 of n patients, Student's t with n - 1 degrees of freedom; for
+    accuracy with one image a patient that is the paired t test's interval. It says which of these two models is better on
+    such patients, and nothing about how either was trained.
+
+    Args:
+        first_NK, second_NK: class probabilities.
+        patients_N: patient of each image; an unknown one (None or NaN) is a patient of its own.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown metric.
+    """
+    if first_NK.ndim != 2 or second_NK.ndim != 2:
+        raise ValueError(f"predictions of shape {first_NK.shape} and {second_NK.shape}: expected (N, K) of one model each")
+    found = nested_bootstrap(
+        first_NK[None, None, None], second_NK[None, None, None], labels_N, patients_N,
+        metric=metric, replicates=replicates, confidence=confidence, seed=seed,
+    )  # fmt: skip
+    of_repeats = _notes((1, 1, 1), (1, 1, 1), patients=2)  # said in one line here
+    kept = tuple(note for note in found.notes if note not in of_repeats)
+    fixed = "both models are fixed: the interval says nothing about how they were trained"
+    return replace(found, variances={"patient": found.variances["patient"]}, notes=(fixed, *kept))
+
+
+def nested_equivalence(found: BootstrapResult, margin: float, *, level: float = 0.05) -> EquivalenceResult:
+    """Whether two arms differ by less than `margin`, from the nested bootstrap of their difference.
+
+    Two one-sided t tests (Schuirmann 1987) with the bootstrap's standard error and degrees of freedom: the difference is
+    above -margin, and below +margin. Equivalent at `level` exactly when the interval at 1 - 2 * level, which the result
+    holds, lies within the margin. What the bootstrap's `notes` leave out, this leaves out too.
+
+    Args:
+        margin: the largest difference that does not matter, in units of the metric, chosen before the scores are seen.
+
+    Raises:
+        ValueError: a margin that is not above 0, or a level outside 0 to 0.5.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin is {margin}: give the largest difference that does not matter, above 0")
+    if not 0 < level < 0.5:
+        raise ValueError(f"level is {level}: it lies between 0 and 0.5, as 0.05")
+    difference, error, freedom = found.difference, found.standard_error, found.degrees_of_freedom
+    reach = float(stats.t.ppf(1 - level, freedom)) * error
+    if error > 0:
+        p = float(stats.t.sf((margin - abs(difference)) / error, freedom))  # the side nearer its end has the larger p
+    else:
+        p = float("nan") if np.isnan(error) else float(abs(difference) >= margin)
+    return EquivalenceResult(difference, difference - reach, difference + reach, margin, p)
 
 
 def run_scores(probabilities_PDSNK: Float, labels_N: Int, metric: str) -> Float:

@@ -32,7 +32,7 @@ class WelchResult:
 
 @dataclass(frozen=True)
 class EquivalenceResult:
-    """Two one-sided Welch tests (Schuirmann 1987): whether two means differ by less than a margin given beforehand."""
+    """Two one-sided t tests (Schuirmann 1987): whether two means differ by less than a margin given beforehand."""
 
     difference: float
     low: float
@@ -73,6 +73,9 @@ def welch_from_summary(
 
 def equivalence(first: ArrayLike, second: ArrayLike, margin: float, *, level: float = 0.05) -> EquivalenceResult:
     """Whether two samples' means differ by less than `margin`, which must be chosen before the scores are seen.
+
+    Two one-sided Welch tests, as papers make them over head seeds: they hold for these very encoders. For a claim about a
+    method take `nested_equivalence`.
 
     Raises:
         ValueError: a margin that is not above 0, or fewer than two runs on a side.

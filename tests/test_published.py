@@ -1,0 +1,66 @@
+"""Paper 000 (skin cancer, Barlow Twins, 35 runs): its Table 13 recomputed from its Table 4, the cells that differ marked."""
+
+from __future__ import annotations
+
+import pytest
+from scipy import stats
+
+from medssl.statistics import PublishedTest, recompute_published
+
+# Table 4: accuracy mean, std, weighted F1 mean, std; further pretraining on the IUD images.
+TABLE_4 = {
+    "SL": (0.65701, 0.02109, 0.66873, 0.01710),
+    "SSL": (0.69112, 0.01117, 0.69628, 0.00902),
+    "SL+SSL": (0.69565, 0.00954, 0.70213, 0.00814),
+    "SL+SSL_p": (0.69809, 0.01413, 0.70484, 0.01213),
+    "SSL+SSL": (0.69852, 0.00893, 0.70550, 0.00746),
+    "SSL+SSL_p": (0.69734, 0.01002, 0.70499, 0.00837),
+}
+RUNS = 35
+
+# Table 13: first, second, alternative; for accuracy and for F1 the printed p, whether it is a bound, Welch's p from Table 4,
+# and whether the two agree. The bounds of the first three "no" cells belong to other numbers than Table 4 shows; the value
+# 0.47254 comes from one standard deviation used for both rows.
+TABLE_13 = [
+    ("SSL", "SL", "greater", (1e-10, True, 1.2801e-11, "yes"), (1e-10, True, 1.4271e-11, "yes")),
+    ("SSL+SSL", "SSL", "greater", (0.00147, False, 0.0016026, "nearly"), (1e-6, True, 7.9648e-06, "no")),
+    ("SSL+SSL_p", "SSL", "greater", (0.00796, False, 0.0083993, "nearly"), (1e-4, True, 4.1707e-05, "yes")),
+    ("SL+SSL", "SL", "greater", (1e-19, True, 2.2056e-13, "no"), (1e-13, True, 2.6287e-14, "yes")),
+    ("SL+SSL_p", "SL", "greater", (1e-13, True, 5.9872e-14, "yes"), (1e-14, True, 4.0861e-15, "yes")),
+    ("SSL+SSL", "SSL+SSL_p", "two-sided", (0.60469, False, 0.60469, "yes"), (0.78867, False, 0.78867, "yes")),
+    ("SL+SSL", "SL+SSL_p", "two-sided", (0.47254, False, 0.40055, "no"), (0.27684, False, 0.27684, "yes")),
+    ("SL+SSL_p", "SSL+SSL_p", "two-sided", (0.79869, False, 0.79869, "yes"), (0.95218, False, 0.95218, "yes")),
+]
+
+
+@pytest.mark.parametrize("column", ["accuracy", "f1_weighted"])
+def test_table_13_from_table_4(column: str) -> None:
+    at = ("accuracy", "f1_weighted").index(column)
+    rows = {name: (numbers[2 * at], numbers[2 * at + 1], RUNS) for name, numbers in TABLE_4.items()}
+    cells = [(first, second, alternative, both[at]) for first, second, alternative, *both in TABLE_13]
+    tests = [PublishedTest(first, second, alternative, p, bound) for first, second, alternative, (p, bound, _, _) in cells]
+    for found, (first, second, alternative, (printed, bound, expected, agreement)) in zip(
+        recompute_published(rows, tests), cells, strict=True
+    ):
+        assert found.p == pytest.approx(expected, rel=1e-4)
+        theirs = stats.ttest_ind_from_stats(*rows[first], *rows[second], equal_var=False, alternative=alternative)
+        assert found.p == pytest.approx(theirs.pvalue, rel=1e-9)
+        assert found.agreement == agreement, (first, second, printed, bound)
+    differing = {("accuracy", 2), ("f1_weighted", 1)}
+    assert (column, sum(cell[3][3] == "no" for cell in cells)) in differing
+
+
+def test_one_standard_deviation_used_twice_gives_the_papers_value() -> None:
+    """Where 0.47254 comes from: the standard deviation of SL+SSL_p for both rows."""
+    rows = {"SL+SSL": (0.69565, 0.01413, RUNS), "SL+SSL_p": (0.69809, 0.01413, RUNS)}
+    [found] = recompute_published(rows, [PublishedTest("SL+SSL", "SL+SSL_p", "two-sided", 0.47254)])
+    assert found.agreement == "yes"
+    assert found.p == pytest.approx(0.47254, abs=5e-5)
+
+
+def test_what_is_refused() -> None:
+    rows = {"a": (0.5, 0.1, 5), "b": (0.4, 0.1, 5)}
+    with pytest.raises(ValueError, match="no row is named 'c': choose from a, b"):
+        recompute_published(rows, [PublishedTest("a", "c", "greater", 0.1)])
+    with pytest.raises(ValueError, match="is 0: it lies above 0"):
+        recompute_published(rows, [PublishedTest("a", "b", "greater", 0)])
