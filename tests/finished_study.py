@@ -21,7 +21,7 @@ from medssl.datasets.shards import write_shard
 from medssl.metrics import SCORES
 from medssl.recipe import Recipe
 from medssl.stages.encode import _npy
-from medssl.stages.evaluate import _predictions
+from medssl.stages.evaluate import predictions_table
 from medssl.stages.ingest import _index, _parquet_bytes
 from medssl.stages.specs import Spec
 from medssl.store import Store, open_store
@@ -109,7 +109,7 @@ def evaluation(study: Study, spec: Spec, seed: int, rng: np.random.Generator) ->
     if seed == 1:  # as an evaluation of an earlier medssl left it
         del scores["average_precision"]
     index, classes = study.specs.index.loc[rows], study.specs.classes
-    table = _predictions(index, labels, classes, probabilities, seed)
+    table = predictions_table(index, labels, classes, probabilities, seed)
     finish(study, spec, {"predictions.parquet": table}, {"scores": scores})
 
 

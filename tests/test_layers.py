@@ -16,9 +16,9 @@ LEVELS = {
     0: "errors events params retry store s3 s3_client s3_errors filesystem leases artifacts images metadata views"
     " collectives optim metrics calibration influence subgroups statistics telemetry networks probes datasets",
     1: "objectives checkpoint training",
-    2: "protocols recipe recipe_file mixes streams rows bag_rows",
+    2: "protocols shifted recipe recipe_file mixes streams rows bag_rows",
     3: "stages",
-    4: "claims comparing judging pictures results runner study quickstart starter submit",
+    4: "claims comparing judging shifting checks pictures results runner study quickstart starter submit",
     5: "console cli __main__",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from medssl.artifacts import STUDIES, digest_json
 from medssl.errors import MissingKey, StoreError
 from medssl.recipe import Comparison, Recipe
@@ -130,7 +132,7 @@ class Detectable:
     label_draws: int
     head_seeds: int
     patients: int
-    """In the evaluation split, each unknown one counted as one."""
+    """Among the judged images, each unknown one counted as one."""
     notes: tuple[str, ...]
     """What the comparison will say nothing about."""
 
@@ -151,9 +153,11 @@ class Detectable:
 
 def detectable(study: Study) -> tuple[Detectable, ...]:
     """What the design can show of each comparison, assuming the default `Scatter`; nothing where there is one patient."""
-    rows = study.specs.index.loc[study.specs.rows(study.recipe.evaluation_split), "patient_id"]
-    patients = int(rows.nunique() + rows.isna().sum())
-    return tuple(_detectable(study, comparison, patients) for comparison in study.recipe.comparisons if patients > 1)
+    own = study.specs.index.loc[study.specs.rows(study.recipe.evaluation_split), "patient_id"]
+    judged: dict[str | None, pd.Series] = {None: own}
+    judged |= {name: each.index.loc[each.rows, "patient_id"] for name, each in study.specs.shifted.items()}
+    patients = {name: int(ids.nunique() + ids.isna().sum()) for name, ids in judged.items()}
+    return tuple(_detectable(study, c, patients[c.on]) for c in study.recipe.comparisons if patients[c.on] > 1)
 
 
 def _detectable(study: Study, comparison: Comparison, patients: int) -> Detectable:

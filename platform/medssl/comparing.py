@@ -51,12 +51,12 @@ def compare(recipe: Recipe, runs: Mapping[tuple[str, str], Runs], planned: Plann
     """
     found = Found([], [], [])
     for claim in recipe.comparisons:
-        _compare(recipe, claim, runs[claim.better, claim.protocol], runs[claim.than, claim.protocol], planned, found)
+        _compare(recipe, claim, runs[claim.better, claim.judged], runs[claim.than, claim.judged], planned, found)
     _correct(found.rows)
     for dropped in planned.dropped(recipe.comparisons) if planned else ():
         found.rows.append(_base(dropped) | {"test": NOT_REPORTED, "margin": dropped.equivalence_margin, "planned": True})
     kinds = {arm.name: arm for arm in recipe.arms}
-    for name, protocol, metric in dict.fromkeys((c.than, c.protocol, c.metric) for c in recipe.comparisons):
+    for name, protocol, metric in dict.fromkeys((c.than, c.judged, c.metric) for c in recipe.comparisons):
         if kinds[name].is_random:
             _same_against_same(recipe, runs[name, protocol], metric, found)
     return found
@@ -82,7 +82,7 @@ def _compare(recipe: Recipe, claim: Comparison, better: Runs, than: Runs, planne
     )
     size = effect_size(better.metrics[claim.metric][:, :draws], than.metrics[claim.metric][:, :draws])
     found.rows.append(base | _measured(interval) | {"test": BOOTSTRAP, "effect_size": size})
-    found.notes.extend(f"{claim.better} against {claim.than} under {claim.protocol}: {note}" for note in interval.notes)
+    found.notes.extend(f"{claim.better} against {claim.than} under {claim.judged}: {note}" for note in interval.notes)
     if claim.equivalence_margin is not None:
         same = nested_equivalence(interval, claim.equivalence_margin, level=1 - recipe.bootstrap.level)
         known = {"planned": planned.has_margin(claim) if planned else None, "margin": same.margin}

@@ -19,6 +19,7 @@ from medssl.objectives import ObjectiveParams
 from medssl.optim import OptimiserParams, ScheduleParams
 from medssl.params import Params
 from medssl.protocols import NAME, Protocol, check_metric, views_of
+from medssl.shifted import ShiftedParams, judged_as
 from medssl.training.plan import FurtherParams, PretrainPlan
 from medssl.views import ViewParams
 
@@ -146,6 +147,8 @@ class Comparison(Params):
     """Arm it is compared with."""
     protocol: str
     """Protocol whose scores are compared."""
+    on: str | None = None
+    """Shifted set on whose images the scores are compared; null: the study's own evaluation split."""
     metric: str = "balanced_accuracy"
     """Metric that is compared."""
     equivalence_margin: float | None = Field(None, gt=0, lt=1)
@@ -160,9 +163,14 @@ class Comparison(Params):
         return self
 
     @property
+    def judged(self) -> str:
+        """Name of the compared scores' protocol in tables."""
+        return judged_as(self.protocol, self.on)
+
+    @property
     def claim(self) -> tuple[str, str, str, str]:
-        """What is claimed, whatever the margin: better, than, protocol, metric."""
-        return self.better, self.than, self.protocol, self.metric
+        """What is claimed, whatever the margin: better, than, protocol as judged, metric."""
+        return self.better, self.than, self.judged, self.metric
 
 
 class Bootstrap(Params):
@@ -263,6 +271,8 @@ class Recipe(Params):
     learning rates are chosen on the same images then."""
     metrics: tuple[str, ...] = ("balanced_accuracy", "accuracy", "f1_weighted", "f1_macro", "auc")
     """Metrics on the evaluation split, in the order of the tables."""
+    shifted: tuple[ShiftedParams, ...] = ()
+    """Further datasets that the finished classifiers are judged on."""
     comparisons: tuple[Comparison, ...] = ()
     """Claims to test. The first run of a study fixes the list: reports mark what was added later and list what was dropped."""
     bootstrap: Bootstrap = Bootstrap()
@@ -276,7 +286,8 @@ class Recipe(Params):
     def _consistent(self) -> Recipe:
         for metric in self.metrics:
             check_metric(metric)
-        for kind, names in (("arm", [a.name for a in self.arms]), ("protocol", [p.name for p in self.protocols])):
+        named = {"arm": self.arms, "protocol": self.protocols, "shifted set": self.shifted}
+        for kind, names in ((kind, [each.name for each in parts]) for kind, parts in named.items()):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
@@ -286,6 +297,7 @@ class Recipe(Params):
         for better, than, name, metric in claims:
             if claims.count((better, than, name, metric)) > 1:
                 raise ValueError(f"two comparisons claim {better} over {than} under {name} by {metric}: keep one")
+        self._check_shifted()
         for protocol in self.protocols:
             shown = views_of(protocol)
             if shown is not None and shown.small_crops:
@@ -326,6 +338,16 @@ class Recipe(Params):
         if arm.learning_rate_finder and self.images.feeding == "streaming":
             raise ValueError(f"arm '{arm.name}': the learning-rate finder needs images.feeding resident")
 
+    def _check_shifted(self) -> None:
+        if any(each.dataset == self.dataset for each in self.shifted):
+            raise ValueError(f"shifted names {self.dataset}, the study's own dataset: name another one")
+        for protocol in self.protocols:
+            if self.shifted and protocol.kind == "fine_tune" and protocol.training.keep_weights != "all":
+                raise ValueError(
+                    f"protocol '{protocol.name}' keeps the weights of head seed 0 alone, but every seed is judged on shifted set "
+                    f"'{self.shifted[0].name}': set training.keep_weights to all"
+                )
+
     def _check_comparison(self, comparison: Comparison) -> None:
         arms, protocols = {a.name: a for a in self.arms}, {p.name: p.kind for p in self.protocols}
         for name in (comparison.better, comparison.than):
@@ -335,6 +357,9 @@ class Recipe(Params):
                 raise ValueError(f"arm '{name}' has no network to fine-tune: compare it by a linear probe")
         if comparison.protocol not in protocols:
             raise ValueError(f"comparison names protocol '{comparison.protocol}': {nearest(comparison.protocol, protocols)}")
+        if comparison.on is not None and comparison.on not in (sets := [each.name for each in self.shifted]):
+            near = nearest(comparison.on, sets) if sets else "the study has none: add it under `shifted`"
+            raise ValueError(f"comparison is on shifted set '{comparison.on}': {near}")
         if comparison.metric not in self.metrics:
             near = nearest(comparison.metric, self.metrics)
             raise ValueError(f"comparison metric '{comparison.metric}' is not among the study's metrics: {near}")

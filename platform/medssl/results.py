@@ -8,9 +8,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,10 @@ from medssl.metrics import SCORES
 from medssl.pictures import confident_mistakes, embedding_maps
 from medssl.recipe import Arm, Recipe
 from medssl.recipe_file import dump
+from medssl.shifting import shifted_notes, shifted_table, transfers
 from medssl.stages.report import format_result_table, render, result_json
-from medssl.stages.report_data import COLUMNS, Confusion, FirstList, ReportData
-from medssl.stages.specs import VERSIONS, Cell
+from medssl.stages.report_data import COLUMNS, Confusion, DatasetFacts, FirstList, ReportData
+from medssl.stages.specs import VERSIONS, Cell, Spec
 from medssl.statistics import summarise
 from medssl.store import Store
 
@@ -89,9 +90,9 @@ def build_report(study: Study) -> StudyResult:
     """Computes the tables and writes the report: as an artifact, and as the study's current one under `studies/`."""
     name = study.report_name()
     assert name is not None, "the report is built after the evaluations"
-    runs = _collect(study)
+    runs, away = _collect(study), _collect_shifted(study)
     planned = fix_claims(study.store, study.recipe, partial(evaluated, study))
-    data = _report_data(study, runs, compare(study.recipe, runs, planned), planned)
+    data = _report_data(study, runs, away, compare(study.recipe, runs | away, planned), planned)
     files = dict(render(data))
     result = StudyResult(study.recipe.study, data.scores, data.summary, data.comparisons, _report_uri(study.store, study.recipe))
     files["result.json"] = _dump_result(result)
@@ -133,36 +134,66 @@ def _report_uri(store: Store, recipe: Recipe) -> str:
 
 
 def _collect(study: Study) -> dict[tuple[str, str], Runs]:
+    """By arm and protocol."""
+    rows = study.specs.rows(study.recipe.evaluation_split)
+    known = study.specs.index["patient_id"].astype(object)
+    judged = _Judged(
+        study.specs.labels(rows), known.where(known.notna(), None).to_numpy()[rows].tolist(), len(study.specs.classes)
+    )  # fmt: skip
+    return {
+        key: _runs(study, key, cells, [study.evaluations(cell) or {} for cell in cells], judged)
+        for key, cells in _cells(study).items()
+    }
+
+
+def _collect_shifted(study: Study) -> dict[tuple[str, str], Runs]:
+    """By arm and protocol as judged on a shifted set."""
+    found = {}
+    for shifted in study.specs.shifted.values():
+        judged = _Judged(shifted.labels_N, shifted.patients_N, len(shifted.shared))
+        for (arm, protocol), cells in _cells(study).items():
+            specs = [{each.head_seed: each.spec for each in transfers(study, cell, shifted) or ()} for cell in cells]
+            key = arm, shifted.protocol(protocol)
+            found[key] = _runs(study, key, cells, specs, judged)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """Images that predictions were made for."""
+
+    labels_N: NDArray[np.int64]
+    patients_N: list[str | None]
+    classes: int
+
+
+def _cells(study: Study) -> dict[tuple[str, str], list[Cell]]:
     cells: dict[tuple[str, str], list[Cell]] = {}
     for cell in study.specs.cells():
         cells.setdefault((cell.arm.name, cell.protocol.name), []).append(cell)
-    rows = study.specs.rows(study.recipe.evaluation_split)
-    labels = study.specs.labels(rows)
-    known = study.specs.index["patient_id"]
-    patients = known.astype(object).where(known.notna(), None)
-    return {key: _runs(study, key, group, labels, patients.to_numpy()[rows].tolist()) for key, group in cells.items()}
+    return cells
 
 
-def _runs(study: Study, key: tuple[str, str], cells: list[Cell], labels_N: NDArray[np.int64], patients: list[str | None]) -> Runs:
+def _runs(
+    study: Study, key: tuple[str, str], cells: list[Cell], by_cell: Sequence[Mapping[int, Spec]], judged: _Judged
+) -> Runs:  # fmt: skip
     seeds, draws = (1 + max(getattr(c, part) for c in cells) for part in ("pretraining_seed", "label_draw"))
-    heads = cells[0].protocol.head_seeds
-    shape = (seeds, draws, heads)
-    specs = [spec for cell in cells for spec in (study.evaluations(cell) or {}).values()]
-    positions = [(c.pretraining_seed, c.label_draw, s) for c in cells for s in range(heads)]
+    shape = (seeds, draws, cells[0].protocol.head_seeds)
+    specs = [spec for specs in by_cell for spec in specs.values()]
+    positions = [(c.pretraining_seed, c.label_draw, s) for c, specs in zip(cells, by_cell, strict=True) for s in specs]
     scores = {metric: np.full(shape, np.nan) for metric in study.recipe.metrics}
-    probabilities = np.zeros((*shape, len(labels_N), len(study.specs.classes)), dtype=np.float32)
+    probabilities = np.zeros((*shape, len(judged.labels_N), judged.classes), dtype=np.float32)
     with ThreadPoolExecutor(_READERS) as pool:
-        for position, marker, read in zip(
-            positions,
-            study.markers(specs),
-            pool.map(lambda s: read_probabilities(study.store, s.name), specs),
-            strict=True,
-        ):
+        tables = pool.map(lambda s: read_probabilities(study.store, s.name), specs)
+        for position, marker, read in zip(positions, study.markers(specs), tables, strict=True):
             probabilities[position] = read
             stored = marker.facts["scores"]
             for metric, values in scores.items():  # an evaluation of an earlier medssl lacks what is newer than it
-                values[position] = stored[metric] if metric in stored else SCORES[metric](read.astype(np.float64), labels_N, None)
-    return Runs(*key, scores, probabilities, labels_N, patients)
+                if metric in stored:
+                    values[position] = stored[metric]
+                else:
+                    values[position] = SCORES[metric](read.astype(np.float64), judged.labels_N, None)
+    return Runs(*key, scores, probabilities, judged.labels_N, judged.patients_N)
 
 
 def read_probabilities(store: Store, name: str) -> NDArray[np.float32]:
@@ -199,10 +230,12 @@ def _summary_frame(runs: dict[tuple[str, str], Runs]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=list(COLUMNS["summary"]))
 
 
-def _confusions(study: Study, runs: dict[tuple[str, str], Runs]) -> dict[tuple[str, str], Confusion]:
-    classes = study.specs.classes
+def _confusions(study: Study, runs: Mapping[tuple[str, str], Runs]) -> dict[tuple[str, str], Confusion]:
+    sets = study.specs.shifted.values()
+    shared = {each.protocol(protocol.name): each.shared for each in sets for protocol in study.recipe.protocols}
     found = {}
     for key, run in runs.items():
+        classes = shared.get(key[1], study.specs.classes)
         predicted = run.probabilities_PDSNK.argmax(axis=-1).reshape(-1, len(run.labels_N))
         flat = (run.labels_N[None] * len(classes) + predicted).ravel()
         counts = np.bincount(flat, minlength=len(classes) ** 2).reshape(len(classes), -1) / len(predicted)
@@ -210,7 +243,9 @@ def _confusions(study: Study, runs: dict[tuple[str, str], Runs]) -> dict[tuple[s
     return found
 
 
-def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found, planned: Planned) -> ReportData:
+def _report_data(
+    study: Study, runs: dict[tuple[str, str], Runs], away: dict[tuple[str, str], Runs], found: Found, planned: Planned
+) -> ReportData:  # fmt: skip
     from medssl.stages.report_facts import (
         arm_facts,
         dataset_facts,
@@ -239,16 +274,18 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found, 
         main_protocol=main_protocol,
         interval_level=recipe.bootstrap.level,
         arms=[arm_facts(recipe, arm) for arm in recipe.arms],
-        datasets=[dataset_facts(study.dataset, recipe)],
-        scores=_scores_frame(runs),
-        summary=_summary_frame(runs),
+        datasets=[dataset_facts(study.dataset, recipe), *(_shifted_facts(study))],
+        scores=_scores_frame(runs | away),
+        summary=_summary_frame(runs | away),
         comparisons=pd.DataFrame(found.rows, columns=list(COLUMNS["comparisons"])),
         searches=searches([(a, p, study.marker(s)) for a, p in study.searches() if (s := study.search_spec(a, p))]),
         search_metric=recipe.protocols[0].search.metric,
         histories=curves,
         monitors=monitors(study.store, encoders),
         range_tests=range_tests(study.store, encoders),
-        confusions=_confusions(study, runs),
+        confusions=_confusions(study, runs | away),
+        shifted=shifted_table(study, runs, away),
+        shifted_notes=shifted_notes(study),
         **judge(recipe, study.specs, runs),
         embeddings=embedding_maps(study),
         mistakes=confident_mistakes(study, runs, main_protocol),
@@ -263,6 +300,15 @@ def _report_data(study: Study, runs: dict[tuple[str, str], Runs], found: Found, 
         first_list=FirstList(planned.recipe, planned.evaluated_before),
         notes=[*found.notes, *mix_notes(recipe.arms, study.specs)],
     )
+
+
+def _shifted_facts(study: Study) -> list[DatasetFacts]:
+    """Of the shifted sets' datasets, each once."""
+    from medssl.stages.report_facts import dataset_facts
+
+    names = dict.fromkeys(each.dataset for each in study.recipe.shifted)
+    found = [dataset_facts(study.others[name], study.recipe) for name in names]
+    return [replace(facts, role="shifted set, not trained on", evaluated=False, bags={}) for facts in found]
 
 
 def _arm_indexes(study: Study) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
 from medssl.claims import evaluated, fix_claims
+from medssl.datasets.dataset import Dataset
 from medssl.errors import StoreError
 from medssl.events import Event
 from medssl.leases import Lease, Owner, lease
@@ -17,6 +18,8 @@ from medssl.mixes import Source
 from medssl.protocols import Protocol
 from medssl.recipe import Arm
 from medssl.results import StudyResult, build_report, load_result, make_current
+from medssl.shifted import ShiftedSet
+from medssl.shifting import features, transfers
 from medssl.stages.cluster import connected, require_gpus
 from medssl.stages.context import Context
 from medssl.stages.encode import EmbedTask, InitialiseTask, run_encoding
@@ -24,7 +27,8 @@ from medssl.stages.evaluate import EvaluateTask, SearchTask, run_evaluations, ru
 from medssl.stages.initial import GivenWeights, stage_weights
 from medssl.stages.pretrain import run_pretrain
 from medssl.stages.progress import OnProgress
-from medssl.stages.specs import TRAIN, VALIDATION, Spec
+from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec
+from medssl.stages.transfer import TransferTask, run_transfers
 from medssl.study import Pending, Study
 from medssl.training.monitor import Watched
 
@@ -53,6 +57,7 @@ class Runner:
         self.embeddings()
         self.searches()
         self.evaluations()
+        self.transfers()
         study.emit(Event("begin", "report"))
         result = build_report(study)
         study.emit(Event("end", "report"))
@@ -193,6 +198,47 @@ class Runner:
         label = f"evaluate {protocol.name}"
         self._stage(label, specs, lambda on_progress: run_evaluations(tasks, self.study.recipe, on_progress))
 
+    def transfers(self) -> None:
+        """Judges the finished classifiers on the shifted sets."""
+        for shifted in self.study.specs.shifted.values():
+            self._shifted_features(shifted)
+            tasks = [task for cell in self.study.specs.cells() if (task := self._transfer(cell, shifted)) is not None]
+            if tasks:
+                self._connect()
+                specs = [spec for task in tasks for spec in task.specs.values()]
+                work = partial(run_transfers, tasks, self.study.recipe)
+                self._stage(f"judge on {shifted.params.name}", specs, work)
+
+    def _shifted_features(self, shifted: ShiftedSet) -> None:
+        study, tasks = self.study, dict[str, EmbedTask]()
+        for cell in study.specs.cells():
+            if cell.protocol.kind == "fine_tune":
+                continue
+            arm, seed = cell.arm, cell.pretraining_seed
+            spec = features(study, arm, seed, shifted)
+            if spec is None:
+                raise StoreError(f"the encoder of {arm.name} seed {seed} vanished from the store: run the study again")
+            if not study.is_finished(spec):
+                encoder, rows = study.specs.encoder(arm, seed), shifted.rows.tolist()
+                tasks[spec.name] = EmbedTask(
+                    self._context_of(shifted), spec, arm.name, cell.protocol.name, encoder.name if encoder else None, seed, rows
+                )
+        self._encode(f"embed {shifted.params.name}", list(tasks.values()))
+
+    def _transfer(self, cell: Cell, shifted: ShiftedSet) -> TransferTask | None:
+        study, found = self.study, transfers(self.study, cell, shifted)
+        if found is None:
+            raise StoreError(f"evaluations of {cell.label} vanished from the store while the study ran: run it again")
+        missing = [each for each in found if not study.is_finished(each.spec)]
+        if not missing:
+            return None
+        probe = cell.protocol.kind != "fine_tune"
+        spec = features(study, cell.arm, cell.pretraining_seed, shifted) if probe else None
+        return TransferTask(
+            self._context_of(shifted), {each.evaluation: each.spec for each in missing}, spec.name if spec else None,
+            shifted.rows.tolist(), shifted.labels_N.tolist(), shifted.shared, {e.evaluation: e.head_seed for e in missing},
+        )  # fmt: skip
+
     # -- common ------------------------------------------------------------------------------------------------
 
     def _make(self, spec: Spec, build: Callable[[OnProgress], Marker]) -> None:
@@ -250,15 +296,14 @@ class Runner:
     @cached_property
     def context(self) -> Context:
         """What tasks need; brings the decoded images onto every node."""
-        study = self.study
-        resident = self._resident(study.dataset.uri)
-        return Context(
-            study.store.uri,
-            study.dataset.uri,
-            digest_json(study.dataset.card["digests"]),
-            study.recipe.canonical(),
-            resident,
-        )
+        return self._context(self.study.dataset)
+
+    def _context_of(self, shifted: ShiftedSet) -> Context:
+        return self._context(self.study.others[shifted.params.dataset])
+
+    def _context(self, dataset: Dataset) -> Context:
+        study, digest = self.study, digest_json(dataset.card["digests"])
+        return Context(study.store.uri, dataset.uri, digest, study.recipe.canonical(), self._resident(dataset.uri))
 
     def _resident(self, uri: str) -> dict[str, Any]:
         """Brings a dataset's decoded images onto every node, once; returns the arguments of `rows.open_resident`."""

@@ -14,23 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from medssl.artifacts import Marker, finished, read_marker, read_markers
+from medssl.checks import check_study
 from medssl.claims import Detectable, detectable
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
-from medssl.errors import DataError, MedsslError, RecipeError, StoreError
+from medssl.errors import DataError, RecipeError, StoreError
 from medssl.events import Event, OnEvent
-from medssl.judging import check_report
 from medssl.leases import Lease, lease
-from medssl.mixes import Source, check_splits, joined_index
-from medssl.mixes import shown as all_shown
+from medssl.mixes import Source
 from medssl.protocols import Probe, Protocol
 from medssl.recipe import Arm, Recipe
 from medssl.recipe_file import load
 from medssl.results import StudyResult, report_name
+from medssl.shifted import ShiftedSet
+from medssl.shifting import artifact_names, transfers
 from medssl.stages.initial import weights_digests
-from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec, Specs
+from medssl.stages.specs import Cell, Spec, Specs
 from medssl.store import Store, open_for_writing
 
 
@@ -77,18 +76,17 @@ class Study:
         self.overrides = tuple(overrides)
         self.emit: OnEvent = on_event or (lambda event: None)
         self.dataset = _open(recipe.dataset, store)
-        named = {part.dataset for arm in recipe.arms for part in arm.mix if part.dataset is not None}
-        self.others = {name: _open(name, store) for name in sorted(named)}
-        """Further datasets of mixes, by their names in the recipe."""
+        mixed = {part.dataset for arm in recipe.arms for part in arm.mix if part.dataset is not None}
+        shifted = {each.dataset for each in recipe.shifted}
+        self.others = {name: _open(name, store) for name in sorted(mixed | shifted)}
+        """Further datasets of mixes and shifted sets, by their names in the recipe."""
         for name, dataset in self.others.items():
             if dataset.uri == self.dataset.uri:
-                raise RecipeError(f"mix names {name}, the study's own dataset: leave `dataset` out of that part of mix")
+                where, what = ("mix", "leave `dataset` out of that part of mix") if name in mixed else ("shifted", "name another")
+                raise RecipeError(f"{where} names {name}, the study's own dataset: {what}")
         others = {name: dataset.index() for name, dataset in self.others.items()}
         self.specs = Specs(recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others)
-        self._check_splits()
-        self._check_neighbours()
-        check_report(recipe, self.specs)
-        self._check_pretrainings()
+        check_study(self)
         self._finished = finished(store)
         self._markers: dict[str, Marker] = {}
 
@@ -215,7 +213,8 @@ class Study:
             if specs is None or not all(self.is_finished(s) for s in specs.values()):
                 return None
             names += [s.name for s in specs.values()]
-        return report_name(self.recipe, names, self.dataset.card, self.specs.index)
+        away = artifact_names(self)
+        return None if away is None else report_name(self.recipe, names + away, self.dataset.card, self.specs.index)
 
     def plan(self) -> list[PlanLine]:
         """The stages with their state and cost."""
@@ -236,6 +235,7 @@ class Study:
             lines.append(self._line(spec) if spec else PlanLine("search", f"search {protocol.name} of {arm.name}", waits, 0))
         for cell in self.specs.cells():
             lines.append(self._cell_line(cell))
+        lines += [self._shifted_line(cell, shifted) for shifted in self.specs.shifted.values() for cell in self.specs.cells()]
         name = self.report_name()
         state = waits if name is None else ("finished" if name in self._finished else "to do")
         return [*dict.fromkeys(lines), PlanLine("report", "report", state, 0, detectable(self))]
@@ -246,73 +246,19 @@ class Study:
 
     def _cell_line(self, cell: Cell) -> PlanLine:
         specs = self.evaluations(cell)
+        return self._seeds_line("evaluate", cell.label, cell, None if specs is None else list(specs.values()))
+
+    def _shifted_line(self, cell: Cell, shifted: ShiftedSet) -> PlanLine:
+        found = transfers(self, cell, shifted)
+        specs = None if found is None else [each.spec for each in found]
+        return self._seeds_line("transfer", f"{cell.label} on {shifted.params.name}", cell, specs)
+
+    def _seeds_line(self, stage: str, label: str, cell: Cell, specs: Sequence[Spec] | None) -> PlanLine:
         if specs is None:
-            return PlanLine("evaluate", f"{cell.label}: {cell.protocol.head_seeds} head seeds", "waits", 0)
-        missing = [s for s in specs.values() if not self.is_finished(s)]
+            return PlanLine(stage, f"{label}: {cell.protocol.head_seeds} head seeds", "waits", 0)
+        missing = [s for s in specs if not self.is_finished(s)]
         state = "finished" if not missing else f"to do ({len(missing)} of {len(specs)})"
-        return PlanLine("evaluate", f"{cell.label}: {len(specs)} head seeds", state, sum(s.images for s in missing))
-
-    # -- checks ------------------------------------------------------------------------------------------------
-
-    def _check_splits(self) -> None:
-        index, classes = self.specs.index, self.dataset.classes
-        used = (TRAIN, VALIDATION, self.recipe.evaluation_split)
-        check_splits(self.dataset.uri, index, (*self.recipe.pretraining_splits, *used))
-        for part in (part for arm in self.recipe.arms for part in arm.mix):
-            dataset = self.dataset if part.dataset is None else self.others[part.dataset]
-            check_splits(dataset.uri, dataset.index(), part.splits)
-        if len(classes) < 2:
-            raise DataError(f"dataset {self.dataset.uri} has {len(classes)} classes; an evaluation needs two or more")
-        for split in dict.fromkeys(used):
-            labels = set(index.loc[self.specs.rows(split), "label"])
-            absent = sorted(set(classes) - labels)
-            if absent:
-                raise DataError(
-                    f"class '{absent[0]}' has no labelled image in split '{split}' of {self.dataset.uri}: "
-                    "ingest with other splits or leave the class out"
-                )
-        self.specs.draw(0)  # refuses a number of labels that the split does not have
-
-    def _check_neighbours(self) -> None:
-        labelled = len(self.specs.draw(0))
-        for protocol in self.recipe.protocols:
-            if protocol.kind == "knn" and protocol.probe.k > labelled:
-                raise RecipeError(
-                    f"protocol '{protocol.name}': probe.k is {protocol.probe.k}, but a draw has {labelled} labelled images: use "
-                    f"{labelled} or less, or more labels"
-                )
-
-    def _check_pretrainings(self) -> None:
-        for arm in self.recipe.arms:
-            if arm.objective is None:
-                continue
-            if arm.pairs == "bag":
-                self._check_bags(arm)
-            if arm.further.trained != "all" or arm.encoder_parts > 1 or arm.surgery is not None or arm.views.small_crops:
-                from medssl.training.step import check_plan  # loads the networks' library, which takes seconds
-
-                try:
-                    check_plan(self.recipe.plan(arm, 0))
-                except RecipeError as error:
-                    raise RecipeError(f"arm '{arm.name}': {error}") from None
-
-    def _check_bags(self, arm: Arm) -> None:
-        from medssl.training.bags import Bags  # with torch, which a study without bags can do without here
-
-        parts = self.specs.mix(arm)
-        rows = pd.concat([part.index.loc[part.rows] for part in parts])
-        shown = " and ".join(part.dataset or self.dataset.uri for part in parts)
-        for column, what in (("bag_id", "bag (lesion or case)"), ("patient_id", "patient")):
-            if rows[column].isna().all():
-                raise RecipeError(
-                    f"arm '{arm.name}': pairs is bag, but no image of {shown} has a {what} id: ingest with "
-                    f"--{column.removesuffix('_id')}-column, or use pairs: image"
-                )
-        try:
-            sources = self.sources(arm)
-            Bags.of_index(joined_index([part.index for part in parts]), all_shown(sources)).steps_per_epoch(arm.batch_size)
-        except MedsslError as error:
-            raise RecipeError(f"arm '{arm.name}': {error}") from None
+        return PlanLine(stage, f"{label}: {len(specs)} head seeds", state, sum(s.images for s in missing))
 
 
 def _prepare(

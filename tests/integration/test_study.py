@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 import tiny
 
-from medssl.artifacts import finished
+from medssl.artifacts import digest_json, finished
 from medssl.datasets.dataset import open_dataset
+from medssl.datasets.synthetic import write_synthetic
 from medssl.store import Store, open_store
 
 pytestmark = pytest.mark.ray
@@ -157,6 +158,58 @@ def test_probes_share_the_features(place: Path, study: Path, store: Store, table
     assert_predicts(place, store, table, "probes", "colour", "mlp")
     refused = tiny.medssl("plan", str(path), "--store", str(place / "store"), "--set", "protocols.knn.probe.k=41", check=False)
     assert refused.returncode == 2 and "probe.k is 41, but a draw has 40 labelled images" in refused.stderr
+
+
+def test_finished_classifiers_are_judged_on_a_shifted_set(place: Path, study: Path, store: Store, table: Path) -> None:
+    """Nothing is trained for it but the fine-tuning, whose weights must be kept; `predict`, restricted, says the same."""
+    before = finished(store)
+    away = write_synthetic(place / "away", images=60, seed=7)
+    classes = sorted(set(pd.read_csv(away)["label"]))
+    rows = pd.read_csv(away).assign(split="test", label=lambda rows: "clinic " + rows["label"])
+    own = next(Path(name) for name in pd.read_csv(table)["image"])
+    (away.parent / "images" / "again.jpg").write_bytes((table.parent / own).read_bytes())
+    pd.concat([rows, rows[:1].assign(image="images/again.jpg")]).to_csv(away, index=False)
+    tiny.ingest_table(away, str(place / "store" / "datasets" / "away"))
+    meaning = {f"clinic {name}": name for name in classes[:-1]}
+    tuned = tiny.recipe()["protocols"][1] | {"name": "tuned", "training": {"epochs": 1, "keep_weights": "all"}}
+    knn = {"name": "knn", "kind": "knn", "probe": {"k": 10}, "label_draws": 1, "pretraining_seeds": 1}
+    fields = tiny.recipe(
+        study="shifted", protocols=[tiny.recipe()["protocols"][0], tuned, knn],
+        shifted=[{"name": "clinic", "dataset": "datasets/away", "classes": meaning}],
+        comparisons=[{"better": "barlow_twins", "than": "random", "protocol": "linear_probe", "on": "clinic"}],
+    )  # fmt: skip
+    path, where = tiny.write(place / "shifted.yaml", fields), ["--store", str(place / "store")]
+    done = json.loads(tiny.medssl("run", str(path), *where, "--json").stdout)
+    cells = {"linear_probe": 10 * 3, "tuned": 2 * 2, "knn": 3}
+    made = stages(finished(store) - before)
+    assert made == {"evaluate": cells["tuned"] + cells["knn"], "embed": 5, "transfer": sum(cells.values()), "report": 1}
+    assert {c["protocol"] for c in done["comparisons"]} == {"linear_probe on clinic"}
+    report = store.read("studies/shifted/report.md").decode()
+    judged = int(rows["label"].isin(meaning).sum())
+    assert f"clinic: {judged} images of datasets/away (test)" in report and "1 were left out as byte for byte" in report
+    for protocol in cells:
+        assert_judged_away(place, store, away, protocol, classes)
+    lines = json.loads(tiny.medssl("plan", str(path), *where, "--json").stdout)
+    assert {line["state"] for line in lines} == {"finished"} and sum(line["stage"] == "transfer" for line in lines) == 15
+
+
+def assert_judged_away(place: Path, store: Store, table: Path, protocol: str, classes: list[str]) -> None:
+    """What was stored of the shifted set is `predict` on its files, in the classes that it has."""
+    index = json.loads(store.read("studies/shifted/arms/random.json"))
+    run = next(r for r in index["evaluations"] if r["protocol"] == protocol and r["seed"] == 0)
+    marker = json.loads(store.read(f"markers/{run['artifact']}.json"))
+    content = digest_json(marker["files"])
+    markers = [json.loads(store.read(entry.key)) for entry in store.list("markers/transfer-")]
+    name = next(m["name"] for m in markers if m["inputs"]["evaluation"] == content)
+    stored = pd.read_parquet(io.BytesIO(store.read(f"artifacts/{name}/predictions.parquet")))
+    out = place / f"away-{protocol}.csv"
+    tiny.medssl("predict", run["artifact"], str(table.parent), "--out", str(out), "--store", str(place / "store"))
+    new = pd.read_csv(out).assign(image_id=lambda frame: [Path(p).stem for p in frame["image"]])
+    both = stored.merge(new, on="image_id", validate="one_to_one", suffixes=("", "_new"))
+    assert len(both) == len(stored) > 20
+    wanted = both[[f"p_{name}" for name in classes[:-1]]].to_numpy()
+    kept = both[[f"p_{number}" for number in range(len(classes) - 1)]].to_numpy()
+    np.testing.assert_allclose(kept, wanted / wanted.sum(axis=1, keepdims=True), atol=1e-5)
 
 
 def test_more_head_seeds_compute_only_the_new_ones(place: Path, study: Path, store: Store) -> None:

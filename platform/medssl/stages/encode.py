@@ -51,6 +51,9 @@ class EmbedTask:
     encoder: str | None
     """Artifact of the encoder; None for colour features."""
     seed: int
+    rows: Sequence[int] | None = None
+    """Images that the features are of, without augmented passes; None takes those of the study's splits, with the passes that
+    the protocol asks for."""
 
 
 def run_encoding(
@@ -149,11 +152,11 @@ def _embed(opened: Opened, task: EmbedTask, device: Any, progress: Any) -> dict[
     protocol = next(p for p in recipe.protocols if p.name == task.protocol)
     assert protocol.kind != "fine_tune"
     index = opened.specs.index
-    rows = index.index[index["split"].isin((TRAIN, VALIDATION, TEST))].to_numpy()
+    rows = index.index[index["split"].isin((TRAIN, VALIDATION, TEST))].to_numpy() if task.rows is None else np.array(task.rows)
     weights = folder(opened.store, task.encoder).read("encoder.safetensors") if task.encoder else None
     features = embed(weights, recipe.encoder_of(arm), opened.images, rows, device=device, on_progress=progress)
     files = {"rows.npy": _npy(rows), "features.npy": _npy(features.astype(np.float32))}
-    if protocol.kind != "knn" and protocol.probe.bank_passes:
+    if task.rows is None and protocol.kind != "knn" and protocol.probe.bank_passes:
         drawn = opened.specs.drawn_rows()
         bank = embed(
             weights, recipe.encoder_of(arm), opened.images, drawn, passes=protocol.probe.bank_passes,

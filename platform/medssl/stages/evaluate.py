@@ -234,7 +234,7 @@ def _publish(
     publish(
         opened.store, spec.name, stage=spec.stage, version=spec.version, config=spec.config, inputs=spec.inputs,
         files={
-            "predictions.parquet": _predictions(
+            "predictions.parquet": predictions_table(
                 opened.specs.index.loc[rows], labels, opened.specs.classes, probabilities_NK, seed
             ),
             "model.json": json.dumps(application, indent=1).encode(),
@@ -244,9 +244,10 @@ def _publish(
     )  # fmt: skip
 
 
-def _predictions(
+def predictions_table(
     index: pd.DataFrame, labels: NDArray[np.int64], classes: list[str], probabilities_NK: NDArray[np.float32], seed: int
 ) -> bytes:
+    """Predictions as stored: image, patient, true class, head seed, and `p_k` for each class."""
     table = pa.table({
         "image_id": pa.array(index["image_id"].tolist(), pa.string()),
         "patient_id": pa.array([None if pd.isna(p) else str(p) for p in index["patient_id"]], pa.string()),

@@ -30,6 +30,7 @@ from medssl.stages.report_page import (
     to_html,
     to_markdown,
 )
+from medssl.stages.report_shifted import shifted_sets
 from medssl.stages.report_text import metric_title
 
 __all__ = ["VERSION", "ReportData", "format_result_table", "render", "result_json"]
@@ -61,6 +62,7 @@ def compose(data: ReportData) -> Page:
         ("classes", "Class by class", _classes),
         ("believed", "Can the probabilities be believed?", believed),
         ("units", "Per patient and per bag", judged.units),
+        ("shifted", "Shifted sets", shifted_sets),
         ("subgroups", "Subgroups", judged.subgroups),
         ("embedding", "What the features look like", lambda d: [pictures.embedding_maps(d)]),
         ("mistakes", "The most confident mistakes", lambda d: [pictures.confident_mistakes(d)]),

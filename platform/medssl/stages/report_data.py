@@ -38,6 +38,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "calibration": ("arm", "protocol", "confidence", "accuracy", "ece", "brier", "ece_corrected", "brier_corrected"),
     "priors": ("arm", "protocol", "metric", "measured", "as_it_is", "corrected"),
     "units": ("unit", "arm", "protocol", "metric", "per_image", "per_unit"),
+    "shifted": ("set", "arm", "protocol", "metric", "home", "away"),
     "subgroups": (
         "column", "group", "arm", "protocol", "metric", "images", "patients", "classes", "score", "low", "high",
     ),
@@ -245,6 +246,10 @@ class ReportData:
     units: pd.DataFrame = field(default_factory=lambda: empty("units"))
     """Scores per image and per patient or bag, over the same images."""
     unit_facts: Sequence[UnitFacts] = ()
+    shifted: pd.DataFrame = field(default_factory=lambda: empty("shifted"))
+    """Mean scores at home and on each shifted set, both over the shared classes."""
+    shifted_notes: Sequence[str] = ()
+    """What was judged of each shifted set."""
     subgroups: pd.DataFrame = field(default_factory=lambda: empty("subgroups"))
     """Scores by group of a column, with intervals over patients; NaN for groups of fewer images than `smallest_group`."""
     smallest_group: int = 1

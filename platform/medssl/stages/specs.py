@@ -20,9 +20,10 @@ from medssl.datasets.draws import label_draw
 from medssl.mixes import seen_elsewhere
 from medssl.protocols import Probe, Protocol
 from medssl.recipe import Arm, Recipe
+from medssl.shifted import ShiftedSet, shifted_set
 
 # Raised when a stage's numbers change for the same configuration.
-VERSIONS = {"pretrain": 2, "initialise": 2, "embed": 2, "search": 2, "evaluate": 2, "report": 3}
+VERSIONS = {"pretrain": 2, "initialise": 2, "embed": 2, "search": 2, "evaluate": 2, "transfer": 1, "report": 3}
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
 
@@ -92,7 +93,7 @@ class Specs:
     weights_digests: Mapping[str, str] = field(default_factory=dict)
     """Digest of the weights that arms start from, by the arm's name."""
     others: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    """Indexes of the further datasets of mixes, by their names in the recipe."""
+    """Indexes of the further datasets of mixes and shifted sets, by their names in the recipe."""
 
     def pretraining_seeds(self, arm: Arm, protocol: Protocol | None = None) -> range:
         """Seeds of an arm; one for features without chance."""
@@ -139,7 +140,8 @@ class Specs:
     def mix(self, arm: Arm) -> list[ShownPart]:
         """What the arm's pretraining is shown, part by part.
 
-        Images of another dataset that are, byte for byte, validation or test images of the study are left out.
+        Images of another dataset that are, byte for byte, validation or test images of the study, or images of a shifted set
+        that it is judged on, are left out.
         """
         parts = []
         for part in self.recipe.mix(arm):
@@ -150,8 +152,17 @@ class Specs:
         return parts
 
     @cached_property
+    def shifted(self) -> dict[str, ShiftedSet]:
+        """The shifted sets by name; RecipeError where one has no classes of the study."""
+        return {
+            each.name: shifted_set(each, each.dataset, self.others[each.dataset], self.index, self.classes)
+            for each in self.recipe.shifted
+        }
+
+    @cached_property
     def _judged_images(self) -> set[str]:
-        return set(self.index.loc[self.index["split"].isin((VALIDATION, TEST)), "sha256"])
+        judged = set(self.index.loc[self.index["split"].isin((VALIDATION, TEST)), "sha256"])
+        return judged.union(*(set(each.index.loc[each.rows, "sha256"]) for each in self.shifted.values()))
 
     def embed(self, arm: Arm, seed: int, protocol: Probe, encoder: Marker | None) -> Spec:
         """Features of all labelled splits; with a bank of augmented passes where the protocol's heads draw from one."""
@@ -215,6 +226,26 @@ class Specs:
         inputs |= self._pixels(cell.protocol, np.concatenate(seen))
         images = _images(cell.protocol, len(drawn), len(test))
         return Spec("evaluate", config, inputs, f"{cell.label}, head seed {head_seed}", images)
+
+    def shifted_features(self, arm: Arm, seed: int, shifted: ShiftedSet, encoder: Marker | None) -> Spec:
+        """Features of the judged images of a shifted set."""
+        config: dict[str, Any] = {"features": arm.features, "images": self._decoding()}
+        inputs = {"images": self._image_digest(shifted.index.loc[shifted.rows])}
+        if encoder is not None:
+            config["encoder"] = self.recipe.encoder_of(arm).canonical()
+            inputs["encoder"] = encoder.digest
+        return Spec("embed", config, inputs, f"embed {arm.name} seed {seed} on {shifted.params.name}", len(shifted.rows))
+
+    def transfer(self, evaluation: Spec, shifted: ShiftedSet, marker: Marker) -> Spec:
+        """One head seed of a cell on a shifted set; `marker` is of its evaluation."""
+        judged = shifted.index.loc[shifted.rows]
+        inputs = {
+            "evaluation": marker.digest,
+            "images": self._image_digest(judged),
+            "labels": digest_json([shifted.labels_N.tolist(), shifted.patients_N]),
+        }
+        images = len(judged) if evaluation.images else 0
+        return Spec("transfer", {"classes": shifted.shared}, inputs, f"{evaluation.label} on {shifted.params.name}", images)
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Row numbers of the labelled images of a split."""

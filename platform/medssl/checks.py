@@ -1,0 +1,107 @@
+"""What a study's recipe asks of its datasets, checked before any work: each refusal is one line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from medssl.errors import DataError, MedsslError, RecipeError
+from medssl.judging import check_report
+from medssl.mixes import check_splits, joined_index
+from medssl.mixes import shown as all_shown
+from medssl.stages.specs import TRAIN, VALIDATION
+
+if TYPE_CHECKING:
+    from medssl.recipe import Arm
+    from medssl.study import Study
+
+
+def check_study(study: Study) -> None:
+    """Refuses what the datasets cannot give.
+
+    Raises:
+        MedsslError: the first thing that is wrong.
+    """
+    _check_splits(study)
+    _check_neighbours(study)
+    check_report(study.recipe, study.specs)
+    _check_shifted(study)
+    _check_pretrainings(study)
+
+
+def _check_shifted(study: Study) -> None:
+    sets = study.specs.shifted  # refuses sets without classes of the study
+    judged = {(each.params.dataset, split) for each in sets.values() for split in each.params.splits}
+    for arm in study.recipe.arms:
+        for part in arm.mix:
+            both = [split for split in part.splits if (part.dataset, split) in judged]
+            if both:
+                raise RecipeError(
+                    f"arm '{arm.name}': mix shows split '{both[0]}' of {part.dataset}, which a shifted set judges by: "
+                    "pretrain on its other splits"
+                )
+
+
+def _check_splits(study: Study) -> None:
+    index, classes = study.specs.index, study.dataset.classes
+    used = (TRAIN, VALIDATION, study.recipe.evaluation_split)
+    check_splits(study.dataset.uri, index, (*study.recipe.pretraining_splits, *used))
+    for part in (part for arm in study.recipe.arms for part in arm.mix):
+        dataset = study.dataset if part.dataset is None else study.others[part.dataset]
+        check_splits(dataset.uri, dataset.index(), part.splits)
+    if len(classes) < 2:
+        raise DataError(f"dataset {study.dataset.uri} has {len(classes)} classes; an evaluation needs two or more")
+    for split in dict.fromkeys(used):
+        labels = set(index.loc[study.specs.rows(split), "label"])
+        absent = sorted(set(classes) - labels)
+        if absent:
+            raise DataError(
+                f"class '{absent[0]}' has no labelled image in split '{split}' of {study.dataset.uri}: "
+                "ingest with other splits or leave the class out"
+            )
+    study.specs.draw(0)  # refuses a number of labels that the split does not have
+
+
+def _check_neighbours(study: Study) -> None:
+    labelled = len(study.specs.draw(0))
+    for protocol in study.recipe.protocols:
+        if protocol.kind == "knn" and protocol.probe.k > labelled:
+            raise RecipeError(
+                f"protocol '{protocol.name}': probe.k is {protocol.probe.k}, but a draw has {labelled} labelled images: use "
+                f"{labelled} or less, or more labels"
+            )
+
+
+def _check_pretrainings(study: Study) -> None:
+    for arm in study.recipe.arms:
+        if arm.objective is None:
+            continue
+        if arm.pairs == "bag":
+            _check_bags(study, arm)
+        if arm.further.trained != "all" or arm.encoder_parts > 1 or arm.surgery is not None or arm.views.small_crops:
+            from medssl.training.step import check_plan  # loads the networks' library, which takes seconds
+
+            try:
+                check_plan(study.recipe.plan(arm, 0))
+            except RecipeError as error:
+                raise RecipeError(f"arm '{arm.name}': {error}") from None
+
+
+def _check_bags(study: Study, arm: Arm) -> None:
+    from medssl.training.bags import Bags  # with torch, which a study without bags can do without here
+
+    parts = study.specs.mix(arm)
+    rows = pd.concat([part.index.loc[part.rows] for part in parts])
+    shown = " and ".join(part.dataset or study.dataset.uri for part in parts)
+    for column, what in (("bag_id", "bag (lesion or case)"), ("patient_id", "patient")):
+        if rows[column].isna().all():
+            raise RecipeError(
+                f"arm '{arm.name}': pairs is bag, but no image of {shown} has a {what} id: ingest with "
+                f"--{column.removesuffix('_id')}-column, or use pairs: image"
+            )
+    try:
+        sources = study.sources(arm)
+        Bags.of_index(joined_index([part.index for part in parts]), all_shown(sources)).steps_per_epoch(arm.batch_size)
+    except MedsslError as error:
+        raise RecipeError(f"arm '{arm.name}': {error}") from None
