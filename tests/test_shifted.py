@@ -80,7 +80,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_a_comparison_on_a_shifted_set_is_another_claim() -> None:
-    claims = [{"better": "random", "than": "colour", "protocol": "probe", **on} for on in ({}, {"on": "isic"})]
+    claims = [{"better": "random", "than": "colour", "protocol": "probe", **on} for on in ({}, {"shifted": "isic"})]
     home, away = recipe(comparisons=claims).comparisons
     assert home.claim[2] == "probe" and away.claim[2] == "probe on isic"
     with pytest.raises(ValidationError, match="two comparisons claim random over colour under probe on isic"):
@@ -90,7 +90,7 @@ def test_a_comparison_on_a_shifted_set_is_another_claim() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"comparisons": [{"better": "random", "than": "colour", "protocol": "probe", "on": "isik"}]}, "did you mean 'isic'"),
+        ({"comparisons": [{"better": "random", "than": "colour", "protocol": "probe", "shifted": "isik"}]}, "did you mean 'isic'"),
         ({"protocols": [{"name": "tuned", "kind": "fine_tune"}]}, "set training.keep_weights to all"),
         ({"shifted": [{"name": "own", "dataset": "datasets/own"}]}, "the study's own dataset"),
         ({"shifted": [{"name": "isic", "dataset": "a"}, {"name": "isic", "dataset": "b"}]}, "two shifted sets are named 'isic'"),

@@ -60,12 +60,13 @@ def _check_splits(study: Study) -> None:
                 f"class '{absent[0]}' has no labelled image in split '{split}' of {study.dataset.uri}: "
                 "ingest with other splits or leave the class out"
             )
-    study.specs.draw(0)  # refuses a number of labels that the split does not have
+    for protocol in study.recipe.protocols:
+        study.specs.draw(0, protocol)  # refuses a number of labels that the split does not have
 
 
 def _check_neighbours(study: Study) -> None:
-    labelled = len(study.specs.draw(0))
     for protocol in study.recipe.protocols:
+        labelled = len(study.specs.draw(0, protocol))
         if protocol.kind == "knn" and protocol.probe.k > labelled:
             raise RecipeError(
                 f"protocol '{protocol.name}': probe.k is {protocol.probe.k}, but a draw has {labelled} labelled images: use "

@@ -157,7 +157,7 @@ def detectable(study: Study) -> tuple[Detectable, ...]:
     judged: dict[str | None, pd.Series] = {None: own}
     judged |= {name: each.index.loc[each.rows, "patient_id"] for name, each in study.specs.shifted.items()}
     patients = {name: int(ids.nunique() + ids.isna().sum()) for name, ids in judged.items()}
-    return tuple(_detectable(study, c, patients[c.on]) for c in study.recipe.comparisons if patients[c.on] > 1)
+    return tuple(_detectable(study, c, patients[c.shifted]) for c in study.recipe.comparisons if patients[c.shifted] > 1)
 
 
 def _detectable(study: Study, comparison: Comparison, patients: int) -> Detectable:
@@ -165,7 +165,7 @@ def _detectable(study: Study, comparison: Comparison, patients: int) -> Detectab
     arms, protocol = {a.name: a for a in recipe.arms}, next(p for p in recipe.protocols if p.name == comparison.protocol)
     both = [arms[name] for name in (comparison.better, comparison.than)]
     first, second = (len(study.specs.pretraining_seeds(arm, protocol)) for arm in both)
-    draws = min(recipe.repeats.label_draws, protocol.label_draws or recipe.repeats.label_draws)
+    draws = recipe.draws_of(protocol)
     level = round(1 - recipe.bootstrap.level, 12)
     design: dict[str, Any] = {
         "pretraining_seeds": (first, second), "label_draws": draws, "head_seeds": (protocol.head_seeds,) * 2,

@@ -77,8 +77,11 @@ def further_columns(index: pd.DataFrame) -> list[str]:
 def judge(recipe: Recipe, specs: Specs, runs: AllRuns) -> dict[str, Any]:
     """Fields of `ReportData` that follow from the predictions of all runs, by (arm, protocol)."""
     protocols = {protocol.name: protocol for protocol in recipe.protocols}
-    draws = [np.bincount(specs.labels(specs.draw(d)), minlength=len(specs.classes)) for d in range(recipe.repeats.label_draws)]
-    trained = {key: trained_priors(protocols[key[1]], draws, run) for key, run in runs.items()}
+    draws = {
+        name: [np.bincount(specs.labels(specs.draw(d, p)), minlength=len(specs.classes)) for d in range(recipe.draws_of(p))]
+        for name, p in protocols.items()
+    }
+    trained = {key: trained_priors(protocols[key[1]], draws[key[1]], run) for key, run in runs.items()}
     return {
         "class_scores": class_scores(runs, specs.classes, recipe.report.specificity),
         "specificity": recipe.report.specificity,
@@ -146,13 +149,13 @@ def _mean_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _calibration(
-    runs: AllRuns, draws: list[NDArray[np.int64]], trained: Mapping[tuple[str, str], NDArray[np.float64]]
+    runs: AllRuns, draws: Mapping[str, list[NDArray[np.int64]]], trained: Mapping[tuple[str, str], NDArray[np.float64]]
 ) -> dict[str, Any]:
     records, reliabilities = [], {}
     for key, run in runs.items():
         models_MNK, labels_N = models_of(run), run.labels_N
         plain = _believed(models_MNK, labels_N)
-        put_back = _put_back(run, draws, trained[key])
+        put_back = _put_back(run, draws[key[1]], trained[key])
         back = _believed(put_back, labels_N) if put_back is not None else None
         curve, images = plain[0], plain[0].images_B.sum()
         confidence, right = ((part * curve.images_B).sum() / images for part in (curve.confidence_B, curve.accuracy_B))
@@ -216,7 +219,7 @@ def _decisions(
     recipe: Recipe,
     specs: Specs,
     runs: AllRuns,
-    draws: list[NDArray[np.int64]],
+    draws: Mapping[str, list[NDArray[np.int64]]],
     trained: Mapping[tuple[str, str], NDArray[np.float64]],
 ) -> DecisionCurves | None:
     """Net benefit with class frequencies put back: a threshold is a probability, so the probabilities have to be some."""
@@ -226,7 +229,7 @@ def _decisions(
     position = specs.classes.index(name)
     models, all_T, share = {}, np.zeros(len(_THRESHOLDS)), 0.0
     for key, run in runs.items():
-        positive_N, put_back = run.labels_N == position, _put_back(run, draws, trained[key])
+        positive_N, put_back = run.labels_N == position, _put_back(run, draws[key[1]], trained[key])
         models_NK = models_of(run) if put_back is None else put_back
         curves = [decision_curve(model_NK[:, position], positive_N, _THRESHOLDS) for model_NK in models_NK]
         models[key] = np.mean([curve.model_T for curve in curves], axis=0)

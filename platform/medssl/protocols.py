@@ -78,6 +78,12 @@ class ProtocolBase(Params):
     """Evaluate only the first so many pretraining seeds; null all."""
     label_draws: int | None = Field(None, ge=1)
     """Evaluate only the first so many label draws; null all."""
+    labels: Annotated[int, Field(ge=2)] | Annotated[float, Field(gt=0, lt=1)] | Literal["all"] | None = None
+    """Labelled training images in one draw: a number, a share of each class (a smaller share is a part of a larger one), or all
+    (then one draw); null as `repeats.labels` says. A list stands for a protocol at each value."""
+    curve: str | None = None
+    """Label curve that the protocol is a point of: the report draws the protocols of one curve together. A list of `labels` sets
+    it."""
     search: Search = Search()
     """Search space of learning rate and weight decay."""
 

@@ -6,12 +6,13 @@ together. `recipe_file` reads one from YAML.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError, nearest
+from medssl.label_curves import expanded
 from medssl.metrics import METRICS
 from medssl.networks.encoder import EncoderParams
 from medssl.networks.surgery import SurgeryParams
@@ -147,7 +148,7 @@ class Comparison(Params):
     """Arm it is compared with."""
     protocol: str
     """Protocol whose scores are compared."""
-    on: str | None = None
+    shifted: str | None = None
     """Shifted set on whose images the scores are compared; null: the study's own evaluation split."""
     metric: str = "balanced_accuracy"
     """Metric that is compared."""
@@ -165,7 +166,7 @@ class Comparison(Params):
     @property
     def judged(self) -> str:
         """Name of the compared scores' protocol in tables."""
-        return judged_as(self.protocol, self.on)
+        return judged_as(self.protocol, self.shifted)
 
     @property
     def claim(self) -> tuple[str, str, str, str]:
@@ -282,6 +283,11 @@ class Recipe(Params):
     compute: Compute = Compute()
     """Where it runs."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _write_out(cls, fields: Any) -> Any:
+        return expanded(fields)
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for metric in self.metrics:
@@ -357,9 +363,9 @@ class Recipe(Params):
                 raise ValueError(f"arm '{name}' has no network to fine-tune: compare it by a linear probe")
         if comparison.protocol not in protocols:
             raise ValueError(f"comparison names protocol '{comparison.protocol}': {nearest(comparison.protocol, protocols)}")
-        if comparison.on is not None and comparison.on not in (sets := [each.name for each in self.shifted]):
-            near = nearest(comparison.on, sets) if sets else "the study has none: add it under `shifted`"
-            raise ValueError(f"comparison is on shifted set '{comparison.on}': {near}")
+        if comparison.shifted is not None and comparison.shifted not in (sets := [each.name for each in self.shifted]):
+            near = nearest(comparison.shifted, sets) if sets else "the study has none: add it under `shifted`"
+            raise ValueError(f"comparison is on shifted set '{comparison.shifted}': {near}")
         if comparison.metric not in self.metrics:
             near = nearest(comparison.metric, self.metrics)
             raise ValueError(f"comparison metric '{comparison.metric}' is not among the study's metrics: {near}")
@@ -367,6 +373,15 @@ class Recipe(Params):
     def encoder_of(self, arm: Arm) -> EncoderParams:
         """The encoder that an arm uses."""
         return arm.encoder or self.encoder
+
+    def labels_of(self, protocol: Protocol) -> int | float | None:
+        """Labelled images in one draw of a protocol: a number, a share of each class, or None for all."""
+        return self.repeats.labels if protocol.labels is None else None if protocol.labels == "all" else protocol.labels
+
+    def draws_of(self, protocol: Protocol) -> int:
+        """Label draws of a protocol: one where it takes all labels."""
+        draws = self.repeats.label_draws
+        return 1 if self.labels_of(protocol) is None else min(draws, protocol.label_draws or draws)
 
     @property
     def decoding(self) -> Decoding:

@@ -145,17 +145,19 @@ def test_predict_equals_what_the_evaluation_stored(place: Path, study: Path, sto
 
 
 def test_probes_share_the_features(place: Path, study: Path, store: Store, table: Path) -> None:
-    """An MLP and the nearest neighbours on the same encoders: features are not computed again, and `predict` gives the same."""
+    """Neighbours, and an MLP with fewer labels, on the same encoders: no features are made anew, and `predict` gives the same."""
     before = finished(store)
     mlp = {"name": "mlp", "kind": "mlp_probe", "head_seeds": 2, "probe": {"vary": ["head", "order"], "hidden": 8, "epochs": 5}}
+    mlp["labels"] = [0.3, 0.6]
     protocols = [mlp, {"name": "knn", "kind": "knn", "probe": {"k": 30}}]
     comparisons = [{"better": "barlow_twins", "than": "random", "protocol": "knn"}]
     path = tiny.write(place / "probes.yaml", tiny.recipe(study="probes", protocols=protocols, comparisons=comparisons))
     tiny.medssl("run", str(path), "--store", str(place / "store"))
-    assert stages(finished(store) - before) == {"evaluate": (2 * 2 + 2 * 2 + 2) * (1 + 2), "report": 1}
+    assert stages(finished(store) - before) == {"evaluate": (2 * 2 + 2 * 2 + 2) * (1 + 2 * 2), "report": 1}
+    assert "With fewer labels" in store.read("studies/probes/report.html").decode()
     assert "knn: k is 30, but class" in store.read("studies/probes/report.md").decode()
     assert_predicts(place, store, table, "probes", "random", "knn")
-    assert_predicts(place, store, table, "probes", "colour", "mlp")
+    assert_predicts(place, store, table, "probes", "colour", "mlp_60pct")
     refused = tiny.medssl("plan", str(path), "--store", str(place / "store"), "--set", "protocols.knn.probe.k=41", check=False)
     assert refused.returncode == 2 and "probe.k is 41, but a draw has 40 labelled images" in refused.stderr
 
@@ -176,7 +178,7 @@ def test_finished_classifiers_are_judged_on_a_shifted_set(place: Path, study: Pa
     fields = tiny.recipe(
         study="shifted", protocols=[tiny.recipe()["protocols"][0], tuned, knn],
         shifted=[{"name": "clinic", "dataset": "datasets/away", "classes": meaning}],
-        comparisons=[{"better": "barlow_twins", "than": "random", "protocol": "linear_probe", "on": "clinic"}],
+        comparisons=[{"better": "barlow_twins", "than": "random", "protocol": "linear_probe", "shifted": "clinic"}],
     )  # fmt: skip
     path, where = tiny.write(place / "shifted.yaml", fields), ["--store", str(place / "store")]
     done = json.loads(tiny.medssl("run", str(path), *where, "--json").stdout)

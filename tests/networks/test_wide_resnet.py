@@ -26,7 +26,10 @@ def millions(network: nn.Module) -> float:
     ("name", "paper"), [("resnet50_1x", 24), ("resnet50_2x", 94), ("resnet50_4x", 375), ("resnet152_2x", 233)]
 )
 def test_parameter_counts_of_the_papers(name: str, paper: int) -> None:
-    """24M, 94M and 233M: the table of checkpoints in google-research/simclr (233M in paper 004 too); 375M: SimCLR, Table 6. Without the classifier of 1,000 classes."""
+    """24M, 94M, 233M: the checkpoints' table in google-research/simclr (233M in paper 004 too); 375M: SimCLR, Table 6.
+
+    All without the classifier of 1,000 classes.
+    """
     network = on_meta(name)
     assert abs(millions(network) - paper) < 1
     classifier = (feature_width(network) + 1) * 1000 / 1e6

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from medssl.errors import DataError
 
 
-def label_draw(index: pd.DataFrame, *, labels: int | None, draw: int, split: str = "train") -> NDArray[np.int64]:
+def label_draw(index: pd.DataFrame, *, labels: int | float | None, draw: int, split: str = "train") -> NDArray[np.int64]:
     """Row numbers of one stratified draw of labelled images, sorted.
 
     Each class gets its share of `labels` (largest remainders, at least one image). Within a class, images are ordered by a
@@ -20,7 +20,8 @@ def label_draw(index: pd.DataFrame, *, labels: int | None, draw: int, split: str
 
     Args:
         index: `Dataset.index()`, with columns image_id, label, split.
-        labels: images to draw; None takes every labelled image of the split.
+        labels: images to draw, or as a float below 1 the share of each class (rounded, at least one image), of which a smaller
+            one is always part of a larger one; None takes every labelled image of the split.
         draw: number of the draw.
         split: split to draw from.
 
@@ -32,14 +33,20 @@ def label_draw(index: pd.DataFrame, *, labels: int | None, draw: int, split: str
         raise DataError(f"split '{split}' has no labelled images: the protocols need labels to train on")
     if labels is None:
         return candidates.index.to_numpy(dtype=np.int64)
+    counts = {str(name): int(number) for name, number in candidates["label"].value_counts().sort_index().items()}
+    if isinstance(labels, float):
+        return _first(candidates, {name: max(1, round(labels * number)) for name, number in counts.items()}, draw)
     if labels > len(candidates):
         raise DataError(
-            f"repeats.labels is {labels}, but split '{split}' has {len(candidates)} labelled images: lower it"
+            f"labels is {labels}, but split '{split}' has {len(candidates)} labelled images: lower it"
         )
-    counts = {str(name): int(number) for name, number in candidates["label"].value_counts().sort_index().items()}
     if labels < len(counts):
-        raise DataError(f"repeats.labels is {labels}, less than the {len(counts)} classes: raise it")
-    share = _shares(counts, labels)
+        raise DataError(f"labels is {labels}, less than the {len(counts)} classes: raise it")
+    return _first(candidates, _shares(counts, labels), draw)
+
+
+def _first(candidates: pd.DataFrame, share: dict[str, int], draw: int) -> NDArray[np.int64]:
+    """Rows of each class's first images in the order of the draw, sorted."""
     chosen: list[int] = []
     for name, rows in candidates.groupby("label", sort=True):
         ranks = sorted((_rank(draw, image_id), row) for row, image_id in rows["image_id"].items())

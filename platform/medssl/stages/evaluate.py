@@ -163,7 +163,7 @@ def _fit(
     opened: Opened, arm: Arm, protocol: Protocol, draw: int, features: str, seeds: Sequence[int], point: Mapping[str, float],
     judged: NDArray[np.int64],
 ) -> Fitted:  # fmt: skip
-    rows = opened.specs.draw(draw)
+    rows = opened.specs.draw(draw, protocol)
     if np.intersect1d(rows, judged).size:
         raise DataError("images to train on are among those to be judged: the dataset's splits overlap")
     if protocol.kind != "fine_tune":

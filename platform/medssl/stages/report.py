@@ -17,6 +17,7 @@ from medssl.stages import report_tables as tables
 from medssl.stages import report_words as words
 from medssl.stages.report_believed import believed
 from medssl.stages.report_data import DatasetFacts, ReportData, metric_order, protocol_order
+from medssl.stages.report_labels import label_curves
 from medssl.stages.report_page import (
     Block,
     Code,
@@ -62,6 +63,7 @@ def compose(data: ReportData) -> Page:
         ("classes", "Class by class", _classes),
         ("believed", "Can the probabilities be believed?", believed),
         ("units", "Per patient and per bag", judged.units),
+        ("labels", "With fewer labels", label_curves),
         ("shifted", "Shifted sets", shifted_sets),
         ("subgroups", "Subgroups", judged.subgroups),
         ("embedding", "What the features look like", lambda d: [pictures.embedding_maps(d)]),

@@ -246,6 +246,8 @@ class ReportData:
     units: pd.DataFrame = field(default_factory=lambda: empty("units"))
     """Scores per image and per patient or bag, over the same images."""
     unit_facts: Sequence[UnitFacts] = ()
+    label_curves: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Labelled images in one draw by protocol, ascending, by label curve."""
     shifted: pd.DataFrame = field(default_factory=lambda: empty("shifted"))
     """Mean scores at home and on each shifted set, both over the shared classes."""
     shifted_notes: Sequence[str] = ()

@@ -195,9 +195,21 @@ def neighbour_warnings(recipe: Recipe, specs: Specs) -> list[str]:
 
     from medssl.probes.knn import k_warning
 
-    labels_N = torch.from_numpy(specs.labels(specs.draw(0)))
-    said = {p.name: k_warning(p.probe.k, labels_N, specs.classes) for p in recipe.protocols if p.kind == "knn"}
+    said = {
+        p.name: k_warning(p.probe.k, torch.from_numpy(specs.labels(specs.draw(0, p))), specs.classes)
+        for p in recipe.protocols
+        if p.kind == "knn"
+    }
     return [f"{name}: {text}" for name, text in said.items() if text is not None]
+
+
+def label_curves(recipe: Recipe, specs: Specs) -> dict[str, dict[str, int]]:
+    """Labelled images in one draw by protocol, ascending, by label curve."""
+    curves: dict[str, dict[str, int]] = {}
+    for protocol in recipe.protocols:
+        if protocol.curve is not None:
+            curves.setdefault(protocol.curve, {})[protocol.name] = len(specs.draw(0, protocol))
+    return {name: dict(sorted(points.items(), key=lambda point: point[1])) for name, points in curves.items()}
 
 
 def mix_notes(arms: Iterable[Arm], specs: Specs) -> list[str]:

@@ -105,14 +105,13 @@ class Specs:
 
     def cells(self) -> list[Cell]:
         """All cells, arms of one protocol side by side."""
-        draws = self.recipe.repeats.label_draws
         return [
             Cell(arm, protocol, seed, draw)
             for protocol in self.recipe.protocols
             for arm in self.recipe.arms
             if not (arm.features == "colour" and protocol.kind == "fine_tune")
             for seed in self.pretraining_seeds(arm, protocol)
-            for draw in range(min(draws, protocol.label_draws or draws))
+            for draw in range(self.recipe.draws_of(protocol))
         ]
 
     def encoder(self, arm: Arm, seed: int) -> Spec | None:
@@ -197,11 +196,11 @@ class Specs:
         rows = self.rows(VALIDATION)
         inputs = {
             "features": features.digest,
-            "draw": self._label_digest(self.draw(0)),
+            "draw": self._label_digest(self.draw(0, protocol)),
             "validation": self._label_digest(rows),
         }
-        inputs |= self._pixels(protocol, np.concatenate([self.draw(0), rows]))
-        images = _images(protocol, len(self.draw(0)), len(rows)) * protocol.search.points * protocol.search.head_seeds
+        inputs |= self._pixels(protocol, np.concatenate([self.draw(0, protocol), rows]))
+        images = _images(protocol, len(self.draw(0, protocol)), len(rows)) * protocol.search.points * protocol.search.head_seeds
         return Spec("search", config, inputs, f"search {protocol.name} of {arm.name}", images)
 
     def evaluate(self, cell: Cell, head_seed: int, point: Mapping[str, float], features: Marker) -> Spec:
@@ -213,7 +212,7 @@ class Specs:
             "classes": self.classes,
             **self._network(cell.arm, cell.protocol),
         }
-        drawn, test = self.draw(cell.label_draw), self.rows(self.recipe.evaluation_split)
+        drawn, test = self.draw(cell.label_draw, cell.protocol), self.rows(self.recipe.evaluation_split)
         inputs = {
             "features": features.digest,
             "draw": self._label_digest(drawn),
@@ -251,16 +250,19 @@ class Specs:
         """Row numbers of the labelled images of a split."""
         return self.index.index[(self.index["split"] == split) & self.index["label"].notna()].to_numpy(dtype=np.int64)
 
-    def draw(self, number: int) -> NDArray[np.int64]:
-        """Row numbers of one label draw."""
-        if number not in self._draws:
-            self._draws[number] = label_draw(self.index, labels=self.recipe.repeats.labels, draw=number, split=TRAIN)
-        return self._draws[number]
+    def draw(self, number: int, protocol: Protocol | None = None) -> NDArray[np.int64]:
+        """Row numbers of one label draw: as many as the protocol takes, or without one as `repeats.labels` says."""
+        return self._draw(number, self.recipe.repeats.labels if protocol is None else self.recipe.labels_of(protocol))
 
     def drawn_rows(self) -> NDArray[np.int64]:
-        """Row numbers that are in any draw, sorted."""
-        draws = [self.draw(number) for number in range(self.recipe.repeats.label_draws)]
-        return np.unique(np.concatenate(draws))
+        """Row numbers that are in any draw of any protocol, sorted."""
+        numbers, taken = range(self.recipe.repeats.label_draws), {self.recipe.labels_of(p) for p in self.recipe.protocols}
+        return np.unique(np.concatenate([self._draw(number, labels) for number in numbers for labels in taken]))
+
+    def _draw(self, number: int, labels: int | float | None) -> NDArray[np.int64]:
+        if (number, labels) not in self._draws:
+            self._draws[number, labels] = label_draw(self.index, labels=labels, draw=number, split=TRAIN)
+        return self._draws[number, labels]
 
     def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Class indices of labelled rows."""
@@ -272,7 +274,7 @@ class Specs:
         return {}
 
     @cached_property
-    def _draws(self) -> dict[int, NDArray[np.int64]]:
+    def _draws(self) -> dict[tuple[int, int | float | None], NDArray[np.int64]]:
         return {}
 
     def _decoding(self) -> dict[str, Any]:
