@@ -70,6 +70,9 @@ def test_probabilities_are_those_given_one_of_the_classes() -> None:
     np.testing.assert_array_equal(restrict(np.array([[1.0, 0.0, 0.0]], np.float32), [1, 2]), [[0.5, 0.5]])
 
 
+ON_ISIC = {"better": "random", "than": "colour", "protocol": "probe", "shifted": "isic"}
+
+
 def recipe(**changes: Any) -> Recipe:
     tuned = {"name": "tuned", "kind": "fine_tune", "head_seeds": 2, "training": {"keep_weights": "all"}}
     probe = {"name": "probe", "kind": "linear_probe"}
@@ -80,7 +83,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_a_comparison_on_a_shifted_set_is_another_claim() -> None:
-    claims = [{"better": "random", "than": "colour", "protocol": "probe", **on} for on in ({}, {"shifted": "isic"})]
+    claims = [{**ON_ISIC, "shifted": name} for name in (None, "isic")]
     home, away = recipe(comparisons=claims).comparisons
     assert home.claim[2] == "probe" and away.claim[2] == "probe on isic"
     with pytest.raises(ValidationError, match="two comparisons claim random over colour under probe on isic"):
@@ -90,7 +93,8 @@ def test_a_comparison_on_a_shifted_set_is_another_claim() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"comparisons": [{"better": "random", "than": "colour", "protocol": "probe", "shifted": "isik"}]}, "did you mean 'isic'"),
+        ({"comparisons": [{"better": "random", "than": "colour", "protocol": "knn", "shifted": "isic"}]}, "names protocol 'knn'"),
+        ({"comparisons": [ON_ISIC | {"shifted": "isik"}]}, "did you mean 'isic'"),
         ({"protocols": [{"name": "tuned", "kind": "fine_tune"}]}, "set training.keep_weights to all"),
         ({"shifted": [{"name": "own", "dataset": "datasets/own"}]}, "the study's own dataset"),
         ({"shifted": [{"name": "isic", "dataset": "a"}, {"name": "isic", "dataset": "b"}]}, "two shifted sets are named 'isic'"),
