@@ -16,7 +16,7 @@ LEVELS = {
     0: "errors events params retry store s3 s3_client s3_errors filesystem leases artifacts images metadata views"
     " collectives optim metrics calibration influence subgroups statistics telemetry networks probes datasets",
     1: "objectives checkpoint training",
-    2: "protocols shifted label_curves recipe recipe_file mixes streams rows bag_rows",
+    2: "protocols shifted label_curves published recipe recipe_file mixes streams rows bag_rows",
     3: "stages",
     4: "claims comparing judging shifting checks pictures results runner study quickstart starter submit",
     5: "console cli __main__",

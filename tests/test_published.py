@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pandas as pd
 import pytest
+from pydantic import ValidationError
 from scipy import stats
 
+from medssl.recipe import Recipe
+from medssl.stages.report import render
+from medssl.stages.report_data import ReportData
+from medssl.stages.report_facts import published_tables
 from medssl.statistics import PublishedTest, recompute_published
 
 # Table 4: accuracy mean, std, weighted F1 mean, std; further pretraining on the IUD images.
@@ -64,3 +72,47 @@ def test_what_is_refused() -> None:
         recompute_published(rows, [PublishedTest("a", "c", "greater", 0.1)])
     with pytest.raises(ValueError, match="is 0: it lies above 0"):
         recompute_published(rows, [PublishedTest("a", "b", "greater", 0)])
+
+
+def recipe(**changes: Any) -> Recipe:
+    """A study that shows the accuracies of Table 4, two of whose rows it has an arm for."""
+    tests = [
+        {"first": first, "second": second, "alternative": alternative, "p": f"< {p}" if bound else p}
+        for first, second, alternative, (p, bound, _, _), _ in TABLE_13
+    ]
+    table = {
+        "source": "paper 000, tables 4 and 13", "metric": "accuracy", "runs": RUNS, "protocol": "tune",
+        "rows": {name: numbers[:2] for name, numbers in TABLE_4.items()}, "arms": {"SSL": "barlow"}, "tests": tests,
+    }  # fmt: skip
+    fields = {"study": "s", "dataset": "d", "arms": [{"name": "barlow"}], "protocols": [{"name": "tune", "kind": "fine_tune"}]}
+    return Recipe.model_validate(fields | {"published": [table | changes]})
+
+
+def test_the_report_prints_welch_beside_the_papers_p() -> None:
+    summary = pd.DataFrame([{"arm": "barlow", "protocol": "tune", "metric": "accuracy", "mean": 0.5, "std": 0.02, "n": 35}])
+    text = render(ReportData("s", summary=summary, published=published_tables(recipe())))["report.md"].decode().replace("&lt;", "<")
+    assert "## What the paper prints" in text
+    assert "| SSL | 0.691 ± 0.011 | barlow | 0.500 ± 0.020 |" in text and "| SL | 0.657 ± 0.021 | – | – |" in text
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "-sided |" in line]
+    assert len(lines) == len(TABLE_13)
+    for line, (first, second, alternative, (printed, bound, expected, agreement), _) in zip(lines, TABLE_13, strict=True):
+        assert line[0] == f"{first} {'over' if alternative == 'greater' else 'against'} {second}"
+        assert line[2:4] == [f"{'< ' if bound else ''}{printed:.3g}", f"{expected:.3g}"]
+        assert line[4] == {"yes": "yes", "nearly": "within 10%", "no": "no"}[agreement]
+    assert "does not give the printed p for SL+SSL and SL, SL+SSL and SL+SSL_p" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"SSLL": "barlow"}}, "no row is named 'SSLL'"),
+        ({"arms": {"SSL": "barlo"}}, "names arm 'barlo': did you mean 'barlow'"),
+        ({"protocol": None}, "protocol has to say whose scores"),
+        ({"protocol": "tuned"}, "names protocol 'tuned': did you mean 'tune'"),
+        ({"metric": "acuracy"}, "unknown metric 'acuracy'"),
+        ({"tests": [{"first": "SSL", "second": "SL", "p": "below 0.1"}]}, "write a value as 0.05 or a bound"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        recipe(**changes)

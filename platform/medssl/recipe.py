@@ -20,6 +20,7 @@ from medssl.objectives import ObjectiveParams
 from medssl.optim import OptimiserParams, ScheduleParams
 from medssl.params import Params
 from medssl.protocols import NAME, Protocol, check_metric, views_of
+from medssl.published import PublishedParams
 from medssl.shifted import ShiftedParams, judged_as
 from medssl.training.plan import FurtherParams, PretrainPlan
 from medssl.views import ViewParams
@@ -278,6 +279,8 @@ class Recipe(Params):
     """Claims to test. The first run of a study fixes the list: reports mark what was added later and list what was dropped."""
     bootstrap: Bootstrap = Bootstrap()
     """Intervals of the comparisons."""
+    published: tuple[PublishedParams, ...] = ()
+    """Tables of papers that the report shows beside the study's own."""
     report: ReportParams = ReportParams()
     """What the report says of the predictions."""
     compute: Compute = Compute()
@@ -304,6 +307,7 @@ class Recipe(Params):
             if claims.count((better, than, name, metric)) > 1:
                 raise ValueError(f"two comparisons claim {better} over {than} under {name} by {metric}: keep one")
         self._check_shifted()
+        self._check_published()
         for protocol in self.protocols:
             shown = views_of(protocol)
             if shown is not None and shown.small_crops:
@@ -343,6 +347,17 @@ class Recipe(Params):
             raise ValueError(f"arm '{arm.name}': pairs of a bag from a mix need images.feeding resident")
         if arm.learning_rate_finder and self.images.feeding == "streaming":
             raise ValueError(f"arm '{arm.name}': the learning-rate finder needs images.feeding resident")
+
+    def _check_published(self) -> None:
+        arms, protocols = [a.name for a in self.arms], [p.name for p in self.protocols]
+        for table in self.published:
+            check_metric(table.metric)
+            unknown = next((arm for arm in table.arms.values() if arm not in arms), None)
+            if unknown is not None:
+                raise ValueError(f"published table of {table.source} names arm '{unknown}': {nearest(unknown, arms)}")
+            if table.protocol is not None and table.protocol not in protocols:
+                near = nearest(table.protocol, protocols)
+                raise ValueError(f"published table of {table.source} names protocol '{table.protocol}': {near}")
 
     def _check_shifted(self) -> None:
         if any(each.dataset == self.dataset for each in self.shifted):

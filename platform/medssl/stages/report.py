@@ -31,6 +31,7 @@ from medssl.stages.report_page import (
     to_html,
     to_markdown,
 )
+from medssl.stages.report_published import published
 from medssl.stages.report_shifted import shifted_sets
 from medssl.stages.report_text import metric_title
 
@@ -68,6 +69,7 @@ def compose(data: ReportData) -> Page:
         ("subgroups", "Subgroups", judged.subgroups),
         ("embedding", "What the features look like", lambda d: [pictures.embedding_maps(d)]),
         ("mistakes", "The most confident mistakes", lambda d: [pictures.confident_mistakes(d)]),
+        ("published", "What the paper prints", published),
         ("training", "Pretraining", _training),
         ("search", "Search", _search),
         ("views", "Augmented views", lambda d: [grids.view_sheets(d)]),

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medssl.calibration import Reliability
+from medssl.statistics import RecomputedTest
 from medssl.training.finder import RangeTest
 
 BOOTSTRAP = "nested bootstrap"
@@ -181,6 +182,22 @@ class Mistake:
 
 
 @dataclass(frozen=True)
+class PublishedFacts:
+    """A paper's table and Welch's tests of it."""
+
+    source: str
+    metric: str
+    runs: int
+    rows: Mapping[str, tuple[float, float]]
+    """Printed mean and standard deviation."""
+    arms: Mapping[str, str]
+    """Arm of the study by row, where one stands for it."""
+    protocol: str | None
+    """Whose scores these arms show."""
+    tests: Sequence[RecomputedTest]
+
+
+@dataclass(frozen=True)
 class FirstList:
     """How the list of comparisons was fixed, when the study was first run."""
 
@@ -246,6 +263,8 @@ class ReportData:
     units: pd.DataFrame = field(default_factory=lambda: empty("units"))
     """Scores per image and per patient or bag, over the same images."""
     unit_facts: Sequence[UnitFacts] = ()
+    published: Sequence[PublishedFacts] = ()
+    """What papers print."""
     label_curves: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Labelled images in one draw by protocol, ascending, by label curve."""
     shifted: pd.DataFrame = field(default_factory=lambda: empty("shifted"))

@@ -18,8 +18,9 @@ from medssl.datasets.dataset import Dataset
 from medssl.errors import MissingKey
 from medssl.protocols import Protocol
 from medssl.recipe import Arm, Recipe
-from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts
+from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts, PublishedFacts
 from medssl.stages.specs import TEST, VALIDATION, Spec, Specs
+from medssl.statistics import recompute_published
 from medssl.store import Store
 from medssl.training.finder import RangeTest
 
@@ -201,6 +202,19 @@ def neighbour_warnings(recipe: Recipe, specs: Specs) -> list[str]:
         if p.kind == "knn"
     }
     return [f"{name}: {text}" for name, text in said.items() if text is not None]
+
+
+def published_tables(recipe: Recipe) -> list[PublishedFacts]:
+    """Tables of papers, with Welch's tests of their means."""
+    return [
+        PublishedFacts(
+            table.source, table.metric, table.runs, table.rows, table.arms, table.protocol,
+            recompute_published(
+                {name: (*row, table.runs) for name, row in table.rows.items()}, [test.printed for test in table.tests]
+            ),
+        )
+        for table in recipe.published
+    ]  # fmt: skip
 
 
 def label_curves(recipe: Recipe, specs: Specs) -> dict[str, dict[str, int]]:
