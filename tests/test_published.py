@@ -90,7 +90,8 @@ def recipe(**changes: Any) -> Recipe:
 
 def test_the_report_prints_welch_beside_the_papers_p() -> None:
     summary = pd.DataFrame([{"arm": "barlow", "protocol": "tune", "metric": "accuracy", "mean": 0.5, "std": 0.02, "n": 35}])
-    text = render(ReportData("s", summary=summary, published=published_tables(recipe())))["report.md"].decode().replace("&lt;", "<")
+    files = render(ReportData("s", summary=summary, published=published_tables(recipe())))
+    text = files["report.md"].decode().replace("&lt;", "<")
     assert "## What the paper prints" in text
     assert "| SSL | 0.691 ± 0.011 | barlow | 0.500 ± 0.020 |" in text and "| SL | 0.657 ± 0.021 | – | – |" in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "-sided |" in line]
