@@ -15,7 +15,9 @@ from medssl.datasets.read import stored_images
 from medssl.errors import DataError, RecipeError
 from medssl.metrics import average_precision
 from medssl.pictures import MAP_POINTS, confident_mistakes, embedding_maps, tsne
+from medssl.recipe import Recipe
 from medssl.results import _collect, build_report, read_probabilities
+from medssl.stages.report_facts import feeding
 from medssl.study import Study
 
 
@@ -121,3 +123,14 @@ def test_a_shard_that_is_gone_is_one_line(place: Path) -> None:
     moved.dataset.card["shards"][1]["path"] = "shards/gone.parquet"
     with pytest.raises(DataError, match=r"shard shards/gone.parquet of .* is gone"):
         stored_images(moved.dataset, [79])
+
+
+def test_hours_are_steps_at_the_mean_time_of_the_logged_ones() -> None:
+    recipe = Recipe.model_validate({
+        "study": "s", "dataset": "d", "protocols": [{"name": "probe", "kind": "linear_probe"}],
+        "arms": [{"name": "a", "objective": {"name": "simclr"}, "epochs": 1, "batch_size": 90}],
+    })  # fmt: skip
+    rates = [None, 45.0, None, 90.0]
+    history = pd.DataFrame({"seed": [0, 0, 1, 1], "images_per_second": rates, "data_wait_share": [None, 0.1, None, 0.3]})
+    [row] = feeding(recipe, {"a": history}).to_dict("records")
+    assert row["hours"] == pytest.approx(4 * (2 + 1) / 2 / 3600) and row["pretrainings"] == 2

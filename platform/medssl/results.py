@@ -299,7 +299,7 @@ def _report_data(
         versions=versions(),
         warnings=[*warnings(recipe), *neighbour_warnings(recipe, study.specs)],
         hardware=hardware(),
-        feeding=feeding(recipe.images.feeding, curves),
+        feeding=feeding(recipe, curves),
         same_against_same=found.same,
         first_list=FirstList(planned.recipe, planned.evaluated_before),
         notes=[*found.notes, *mix_notes(recipe.arms, study.specs)],

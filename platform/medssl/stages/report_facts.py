@@ -251,14 +251,19 @@ def hardware() -> str:
     return line
 
 
-def feeding(mode: str, curves: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Rates of the pretrainings by arm: images per second and the share of time that the loop waited for data."""
+def feeding(recipe: Recipe, curves: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Rates of the pretrainings by arm: images per second, the share of time that the loop waited for data, hours over all seeds
+    (steps at the mean time of the logged ones; start, checkpoints and what a crash made again are not in them)."""
     records = []
+    batches = {arm.name: arm.batch_size for arm in recipe.arms}
     for arm, frame in curves.items():
         rates = frame.dropna(subset=["images_per_second"])
         if len(rates):
-            records.append((arm, mode, float(rates["images_per_second"].median()), float(rates["data_wait_share"].mean())))
-    return pd.DataFrame(records, columns=["arm", "feeding", "images/s (median)", "share of time waiting for data"])
+            hours = len(frame) * batches[arm] * float((1 / rates["images_per_second"]).mean()) / 3600
+            median, waited = float(rates["images_per_second"].median()), float(rates["data_wait_share"].mean())
+            records.append((arm, recipe.images.feeding, median, waited, frame["seed"].nunique(), hours))
+    columns = ["arm", "feeding", "images/s (median)", "share of time waiting for data", "pretrainings", "hours"]
+    return pd.DataFrame(records, columns=columns)
 
 
 def _count(value: Any) -> int:
