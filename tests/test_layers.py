@@ -18,7 +18,7 @@ LEVELS = {
     1: "objectives checkpoint training",
     2: "protocols shifted label_curves published recipe recipe_file mixes streams rows bag_rows",
     3: "stages",
-    4: "claims comparing judging shifting checks pictures results runner study quickstart starter submit",
+    4: "claims comparing judging shifting guards checks pictures results runner study quickstart starter submit",
     5: "console cli __main__",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}

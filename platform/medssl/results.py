@@ -23,6 +23,7 @@ from medssl.artifacts import STUDIES, artifact_name, digest_json, folder, publis
 from medssl.claims import Planned, evaluated, fix_claims
 from medssl.comparing import Found, Runs, compare
 from medssl.errors import MissingKey
+from medssl.guards import look_alikes, look_warnings
 from medssl.judging import judge
 from medssl.metrics import SCORES
 from medssl.pictures import confident_mistakes, embedding_maps
@@ -248,7 +249,6 @@ def _report_data(
 ) -> ReportData:  # fmt: skip
     from medssl.stages.report_facts import (
         arm_facts,
-        dataset_facts,
         feeding,
         hardware,
         histories,
@@ -276,7 +276,7 @@ def _report_data(
         main_protocol=main_protocol,
         interval_level=recipe.bootstrap.level,
         arms=[arm_facts(recipe, arm) for arm in recipe.arms],
-        datasets=[dataset_facts(study.dataset, recipe), *(_shifted_facts(study))],
+        datasets=[_own_facts(study), *_shifted_facts(study)],
         scores=_scores_frame(runs | away),
         summary=_summary_frame(runs | away),
         comparisons=pd.DataFrame(found.rows, columns=list(COLUMNS["comparisons"])),
@@ -297,13 +297,20 @@ def _report_data(
         recipe_yaml=dump(recipe),
         overrides=study.overrides,
         versions=versions(),
-        warnings=[*warnings(recipe), *neighbour_warnings(recipe, study.specs)],
+        warnings=[*warnings(recipe), *neighbour_warnings(recipe, study.specs), *look_warnings(study)],
         hardware=hardware(),
         feeding=feeding(recipe, curves),
         same_against_same=found.same,
         first_list=FirstList(planned.recipe, planned.evaluated_before),
         notes=[*found.notes, *mix_notes(recipe.arms, study.specs)],
     )
+
+
+def _own_facts(study: Study) -> DatasetFacts:
+    from medssl.stages.report_facts import dataset_facts
+
+    copies, alike = look_alikes(study.specs.index, study.recipe.evaluation_split)
+    return replace(dataset_facts(study.dataset, study.recipe), copies=copies, look_alikes=alike)
 
 
 def _shifted_facts(study: Study) -> list[DatasetFacts]:

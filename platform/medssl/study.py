@@ -100,6 +100,10 @@ class Study:
         """The same for an artifact known by its name."""
         return name in self._finished
 
+    def finished_names(self, prefix: str) -> list[str]:
+        """Artifacts of the whole store that were whole when last looked at."""
+        return sorted(name for name in self._finished if name.startswith(prefix))
+
     def marker(self, spec: Spec) -> Marker | None:
         """The marker of a finished artifact, or None."""
         if spec.name not in self._markers and spec.name in self._finished:

@@ -92,6 +92,10 @@ class DatasetFacts:
     leakage_allowed: bool = False
     leakage_patients: int = 0
     """Patients with images on both sides of a split."""
+    copies: int = 0
+    """Judged images that other splits have too, byte for byte."""
+    look_alikes: int = 0
+    """Judged images that look nearly like one of another split, copies among them."""
     unknown_patients: int = 0
     """Images without a patient id."""
     rejected: int = 0

@@ -180,6 +180,8 @@ def card_table(facts: DatasetFacts) -> Table:
         ["licence", facts.licence or "not stated"],
         ["synthetic", "yes: drawn by a program, not taken from patients" if facts.synthetic else "no"],
         ["patient leakage", leak],
+        *([["judged images with a look-alike in other splits", f"{count(facts.look_alikes)} ({count(facts.copies)} copies)"]]
+          if facts.evaluated else []),
         ["images without a patient id", count(facts.unknown_patients)],
         ["images set aside at ingest", count(facts.rejected)],
         ["patient ids", "replaced by keyed hashes" if facts.pseudonymised else "as given"],

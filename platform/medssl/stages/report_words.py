@@ -27,6 +27,7 @@ from medssl.stages.report_page import Text
 from medssl.stages.report_tables import on_edge
 from medssl.stages.report_text import (
     as_float,
+    count,
     interval,
     metric_title,
     number3,
@@ -40,6 +41,9 @@ FEW_REPEATS = 3
 """Fewer pretraining seeds or label draws than this are called few."""
 COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.5
 """At the end of a pretraining, a standard deviation or an effective rank no larger than this is a collapse, as in the loop."""
+
+_FEW_LOOK_ALIKES = 0.01
+"""Share of the judged images up to which look-alikes in other splits are counted without a caution."""
 
 MEANINGS = {
     "accuracy": "Accuracy is the share of images that were named correctly.",
@@ -279,6 +283,7 @@ def cautions(data: ReportData) -> list[Text]:
                 f"Dataset {facts.name}: {plural(facts.leakage_patients, 'patient')} with images in two splits, allowed "
                 "by the user at ingest. Scores may be too high."
             )
+        texts += _look_alikes(data, facts)
         if facts.synthetic:
             texts.append(
                 f"The images of {facts.name} are synthetic, drawn by a program: the scores show that the platform "
@@ -286,6 +291,18 @@ def cautions(data: ReportData) -> list[Text]:
             )
     texts += [*_below_colour(data), *_collapses(data), *_edges(data), *_all_few(data)]
     return [Text(text, "Caution.", "warning") for text in dict.fromkeys(texts)]
+
+
+def _look_alikes(data: ReportData, facts: DatasetFacts) -> list[str]:
+    """Where copies or many look-alikes of judged images were trained on."""
+    judged = sum(facts.counts.get(data.split, {}).values())
+    if not facts.copies and facts.look_alikes <= _FEW_LOOK_ALIKES * judged:
+        return []
+    return [
+        f"Dataset {facts.name}: {plural(facts.look_alikes, f'{data.judged} image')} of {count(judged)} "
+        f"{'looks' if facts.look_alikes == 1 else 'look'} nearly like images of other splits, {count(facts.copies)} of them byte "
+        "for byte. Scores may be too high; `medssl inspect` lists them."
+    ]
 
 
 def _below_colour(data: ReportData) -> list[str]:

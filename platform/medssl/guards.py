@@ -1,0 +1,52 @@
+"""What may make a study's scores too good without anyone having meant it: look-alikes across splits, looks at the test split."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from medssl.artifacts import read_markers
+from medssl.datasets.duplicates import connected, near_pairs
+from medssl.stages.inspect import NEAR_BITS
+from medssl.stages.report_text import plural
+from medssl.stages.specs import TEST
+
+if TYPE_CHECKING:
+    from medssl.study import Study
+
+def look_alikes(index: pd.DataFrame, split: str) -> tuple[int, int]:
+    """How many images of a split have a copy, byte for byte, and how many a look-alike, among the images of other splits.
+
+    Look-alikes of look-alikes count, as in `medssl inspect`; copies are look-alikes too.
+    """
+    inside = index["split"] == split
+    copies = int(index.loc[inside, "sha256"].isin(set(index.loc[~inside, "sha256"])).sum())
+    judged = inside.to_numpy()
+    near = 0
+    for group in connected(near_pairs(index["phash"].tolist(), NEAR_BITS), len(index)):
+        here = int(judged[group].sum())
+        near += here if here < len(group) else 0
+    return copies, max(near, copies)
+
+
+def further_looks(study: Study) -> int:
+    """Finished evaluations in the store that judged the study's test images and are not the study's own; 0 where it judges by
+    the validation split."""
+    if study.recipe.evaluation_split != TEST:
+        return 0
+    own = {spec.name: spec for cell in study.specs.cells() for spec in (study.evaluations(cell) or {}).values()}
+    judged = {spec.inputs["test"] for spec in own.values()}
+    others = [name for name in study.finished_names("evaluate-") if name not in own]
+    return sum(marker.inputs.get("test") in judged for marker in read_markers(study.store, others).values())
+
+
+def look_warnings(study: Study) -> list[str]:
+    """Says so where the test images were judged more often than the study's repeats."""
+    looks = further_looks(study)
+    if not looks:
+        return []
+    return [
+        f"The test images were judged by {plural(looks, 'further evaluation')} in this store, of other recipes or settings. "
+        "Choosing between them by their test scores makes the chosen one look too good: choose on the validation split."
+    ]

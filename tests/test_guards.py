@@ -1,0 +1,60 @@
+"""Look-alikes across splits and further looks at the test split: counted as they are, and said in the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tests.finished_study import make
+from tests.stages.test_report import fake_data
+
+from medssl.guards import further_looks, look_alikes
+from medssl.results import build_report
+from medssl.stages.report import render
+
+
+def index(*rows: tuple[str, str, int]) -> pd.DataFrame:
+    """Split, content and perceptual hash of each image."""
+    return pd.DataFrame([(split, sha, f"{phash:016x}") for split, sha, phash in rows], columns=["split", "sha256", "phash"])
+
+
+def test_look_alikes_are_counted_across_splits_only() -> None:
+    images = index(
+        ("train", "a", 0), ("test", "b", 0b11), ("test", "c", 0b1111),  # c is like b, b like a
+        ("test", "d", 0xFF00), ("test", "e", 0xFF01),  # like each other only
+        ("val", "f", 0xFFFFFFFF), ("test", "f", 0xFFFFFFFF), ("train", "g", 0xFF0000000000),
+    )  # fmt: skip
+    assert look_alikes(images, "test") == (1, 3)
+    assert look_alikes(images, "val") == (1, 1)
+    assert look_alikes(images[images["split"] == "test"].reset_index(drop=True), "test") == (0, 0)
+
+
+@pytest.mark.parametrize(("copies", "alike", "said"), [(0, 0, False), (0, 15, False), (0, 16, True), (1, 1, True)])
+def test_copies_and_many_look_alikes_are_a_caution_and_few_are_counted(copies: int, alike: int, said: bool) -> None:
+    plain = fake_data()
+    facts = dataclasses.replace(plain.datasets[0], copies=copies, look_alikes=alike)
+    assert 1500 < sum(facts.counts["test"].values()) < 1510
+    text = render(dataclasses.replace(plain, datasets=[facts]))["report.md"].decode()
+    assert f"| judged images with a look-alike in other splits | {alike} ({copies} copies) |" in text
+    assert ("nearly like images of other splits" in text) == said
+
+
+def test_evaluations_of_other_recipes_on_the_same_test_images_are_further_looks(tmp_path: Path) -> None:
+    study = make(tmp_path)
+    assert further_looks(study) == 0
+    assert "further evaluation" not in build_report(study).to_text()
+    fewer = {"repeats": {"pretraining_seeds": 1, "label_draws": 1, "labels": 12}}
+    make(tmp_path, fewer)  # part of the first: the same evaluations
+    study.refresh()
+    assert further_looks(study) == 0
+    other = make(tmp_path, fewer | {"repeats": fewer["repeats"] | {"labels": 16}})
+    study.refresh()
+    own = sum(len(study.evaluations(cell) or {}) for cell in study.specs.cells())
+    new = sum(len(other.evaluations(cell) or {}) for cell in other.specs.cells())
+    assert own == 7 and new == 5 and further_looks(study) == 5 and further_looks(other) == 7
+    build_report(study)
+    text = study.store.read("studies/finished/report.md").decode()
+    assert "The test images were judged by 5 further evaluations in this store" in text
+    assert further_looks(make(tmp_path, {"evaluation_split": "val"})) == 0
