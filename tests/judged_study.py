@@ -68,5 +68,6 @@ def study(images: int = 420, heads: int = 2, **report: Any) -> tuple[Recipe, Spe
             for place in np.ndindex(shape):
                 for m, values in scores.items():
                     values[place] = SCORES[m](probabilities[place], labels, None)
-            runs[arm, protocol] = Runs(arm, protocol, scores, probabilities.astype(np.float32), labels, patients)
+            temperatures = rng.uniform(0.5, 2, shape) if protocol == "probe" else np.full(shape, np.nan)
+            runs[arm, protocol] = Runs(arm, protocol, scores, probabilities.astype(np.float32), labels, patients, temperatures)
     return chosen, specs, runs

@@ -221,3 +221,25 @@ def test_a_changed_column_is_another_report() -> None:
     assert name(recipe(), index()) == name(recipe(), moved)
     assert name(recipe(subgroups=["site"]), index()) != name(recipe(subgroups=["site"]), moved)
     assert name(recipe(subgroups=["site"]), index()) == name(recipe(subgroups=["site"]), index())
+
+
+def test_temperatures_scale_each_run_by_its_own(made: Any, judged: dict[str, Any]) -> None:
+    runs = made[2]
+    frame = judged["calibration"].set_index(["arm", "protocol"])
+    assert frame["temperature"].notna().tolist() == [protocol == "probe" for _, protocol in frame.index]
+    for (arm, protocol), run in runs.items():
+        if protocol != "probe":
+            continue
+        errors, briers = [], []
+        for place in np.ndindex(run.temperatures_PDS.shape):
+            p_NK = run.probabilities_PDSNK[place].astype(float) ** (1 / run.temperatures_PDS[place])
+            p_NK /= p_NK.sum(axis=1, keepdims=True)
+            confidence, right = p_NK.max(axis=1), p_NK.argmax(axis=1) == run.labels_N
+            bins = np.minimum(np.ceil(confidence * 15).astype(int) - 1, 14)
+            gaps = [abs((confidence - right)[bins == b].sum()) for b in range(15)]
+            errors.append(sum(gaps) / len(right))
+            briers.append(((p_NK - np.eye(3)[run.labels_N]) ** 2).sum(axis=1).mean())
+        row = frame.loc[(arm, protocol)]
+        assert row["temperature"] == pytest.approx(run.temperatures_PDS.mean())
+        assert row["ece_scaled"] == pytest.approx(np.mean(errors), abs=1e-6)
+        assert row["brier_scaled"] == pytest.approx(np.mean(briers), abs=1e-6)

@@ -130,6 +130,7 @@ def _add_predict(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--pretraining-seed", type=int, default=0, help="which encoder (default: 0)")
     sub.add_argument("--label-draw", type=int, default=0, help="which label draw (default: 0)")
     sub.add_argument("--seed", type=int, default=0, help="which head seed (default: 0)")
+    sub.add_argument("--calibrated", action="store_true", help="scale by the temperature that fits the validation images")
 
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
@@ -277,7 +278,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     written = predict(
         arguments.arm, arguments.images, Path(arguments.out), store_uri=_store_uri(arguments.store), study=arguments.study,
         protocol=arguments.protocol, pretraining_seed=arguments.pretraining_seed, label_draw=arguments.label_draw,
-        head_seed=arguments.seed,
+        head_seed=arguments.seed, calibrated=arguments.calibrated,
     )  # fmt: skip
     print(written.to_text())
     return 1 if written.rejected else 0

@@ -30,6 +30,8 @@ class Runs:
     probabilities_PDSNK: NDArray[np.float32]
     labels_N: NDArray[np.int64]
     patients_N: list[str | None]
+    temperatures_PDS: NDArray[np.float64] | None = None
+    """Fitted on each run's validation predictions; NaN where a run has none."""
 
 
 @dataclass(frozen=True)

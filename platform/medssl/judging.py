@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medssl.calibration import Reliability, brier_score, change_prior, decision_curve, reliability_counts
+from medssl.calibration import Reliability, apply_temperature, brier_score, change_prior, decision_curve, reliability_counts
 from medssl.errors import RecipeError, nearest
 from medssl.influence import SLOPES, mean_influence
 from medssl.metrics import (
@@ -159,9 +159,18 @@ def _calibration(
         back = _believed(put_back, labels_N) if put_back is not None else None
         curve, images = plain[0], plain[0].images_B.sum()
         confidence, right = ((part * curve.images_B).sum() / images for part in (curve.confidence_B, curve.accuracy_B))
-        records.append((*key, confidence, right, *plain[1:], *(back[1:] if back else (float("nan"),) * 2)))
+        records.append((*key, confidence, right, *plain[1:], *(back[1:] if back else (float("nan"),) * 2), *_scaled(run)))
         reliabilities[key] = (curve, back[0] if back else None)
     return {"calibration": pd.DataFrame(records, columns=list(COLUMNS["calibration"])), "reliabilities": reliabilities}
+
+
+def _scaled(run: Runs) -> tuple[float, float, float]:
+    """Mean temperature, and calibration error and Brier score after it; NaN where a run has none."""
+    if run.temperatures_PDS is None or not np.isfinite(run.temperatures_PDS).all():
+        return (float("nan"),) * 3
+    temperatures_M = run.temperatures_PDS.ravel()
+    models = (apply_temperature(p_NK, float(t)) for p_NK, t in zip(models_of(run), temperatures_M, strict=True))
+    return float(temperatures_M.mean()), *_believed(models, run.labels_N)[1:]
 
 
 def _put_back(run: Runs, draws: list[NDArray[np.int64]], trained_MK: NDArray[np.float64]) -> Iterator[NDArray[np.float64]] | None:

@@ -184,17 +184,19 @@ def _runs(
     positions = [(c.pretraining_seed, c.label_draw, s) for c, specs in zip(cells, by_cell, strict=True) for s in specs]
     scores = {metric: np.full(shape, np.nan) for metric in study.recipe.metrics}
     probabilities = np.zeros((*shape, len(judged.labels_N), judged.classes), dtype=np.float32)
+    temperatures = np.full(shape, np.nan)
     with ThreadPoolExecutor(_READERS) as pool:
         tables = pool.map(lambda s: read_probabilities(study.store, s.name), specs)
         for position, marker, read in zip(positions, study.markers(specs), tables, strict=True):
             probabilities[position] = read
+            temperatures[position] = marker.facts.get("temperature") or np.nan
             stored = marker.facts["scores"]
             for metric, values in scores.items():  # an evaluation of an earlier medssl lacks what is newer than it
                 if metric in stored:
                     values[position] = stored[metric]
                 else:
                     values[position] = SCORES[metric](read.astype(np.float64), judged.labels_N, None)
-    return Runs(*key, scores, probabilities, judged.labels_N, judged.patients_N)
+    return Runs(*key, scores, probabilities, judged.labels_N, judged.patients_N, temperatures)
 
 
 def read_probabilities(store: Store, name: str) -> NDArray[np.float32]:

@@ -144,6 +144,28 @@ def test_predict_equals_what_the_evaluation_stored(place: Path, study: Path, sto
         assert_predicts(place, store, table, "tiny", arm, protocol)
 
 
+def test_calibrated_predictions_fit_the_validation_images(place: Path, study: Path, store: Store, table: Path) -> None:
+    run = json.loads(store.read("studies/tiny/arms/random.json"))["evaluations"][0]
+    saved = store.read(f"artifacts/{run['artifact']}/validation.parquet")
+    validation = pd.read_parquet(io.BytesIO(saved))
+    index = pd.read_parquet(next((place / "store" / "datasets" / "lesions").glob("index-*.parquet")))
+    assert sorted(validation["image_id"]) == sorted(index.loc[index["split"] == "val", "image_id"])
+    columns = [name for name in validation if name.startswith("p_")]
+
+    def loss(beta: float) -> float:
+        scaled = validation[columns].to_numpy(float) ** beta
+        return -float(np.log(scaled[np.arange(len(scaled)), validation["label"]] / scaled.sum(axis=1)).mean())
+
+    betas = np.geomspace(0.1, 10, 2001)
+    beta = betas[np.argmin([loss(beta) for beta in betas])]
+    found = []
+    for more in ([], ["--calibrated"]):
+        out = place / "calibrated.csv"
+        tiny.medssl("predict", run["artifact"], str(table.parent), "--out", str(out), "--store", str(place / "store"), *more)
+        found.append(pd.read_csv(out).filter(like="p_").to_numpy())
+    np.testing.assert_allclose(found[1], found[0] ** beta / (found[0] ** beta).sum(axis=1, keepdims=True), atol=2e-3)
+
+
 def test_probes_share_the_features(place: Path, study: Path, store: Store, table: Path) -> None:
     """Neighbours, and an MLP with fewer labels, on the same encoders: no features are made anew, and `predict` gives the same."""
     before = finished(store)

@@ -2,7 +2,8 @@
 
 A search trains on the first label draw and is judged on the validation split; it never opens the test split (`_judged_rows`
 is the one place that picks rows). An evaluation trains with the chosen point and saves, for each head seed, the test
-images' probabilities, the scores, and what `predict` needs to apply it again: an artifact each.
+images' probabilities, the scores, and what `predict` needs to apply it again: an artifact each. The validation images'
+probabilities are saved too, with the temperature that fits them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from medssl.artifacts import Marker, folder, publish, read_marker
+from medssl.calibration import fit_temperature
 from medssl.errors import DataError
 from medssl.metrics import SCORES
 from medssl.protocols import FineTune, Probe, Protocol
@@ -142,11 +144,14 @@ def evaluate(task: EvaluateTask) -> None:
     if not missing:
         return
     rows = _judged_rows(opened, "evaluate")
-    fitted = _fit(opened, arm, protocol, task.label_draw, task.features, list(missing), task.point, rows)
+    by_validation = opened.recipe.evaluation_split == VALIDATION
+    validation = rows[:0] if by_validation else opened.specs.rows(VALIDATION)  # what a temperature is fitted on
+    both = np.concatenate([rows, validation])
+    fitted = _fit(opened, arm, protocol, task.label_draw, task.features, list(missing), task.point, both)
     with ThreadPoolExecutor(_WRITERS) as pool:
         jobs = [
             pool.submit(
-                _publish, opened, arm, protocol, task, spec, seed, fitted, position, rows
+                _publish, opened, arm, protocol, task, spec, seed, fitted, position, rows, validation
             )
             for position, (seed, spec) in enumerate(missing.items())
         ]
@@ -216,9 +221,11 @@ def _fit_network(
 
 def _publish(
     opened: Opened, arm: Arm, protocol: Protocol, task: EvaluateTask, spec: Spec, seed: int,
-    fitted: Fitted, position: int, rows: NDArray[np.int64],
+    fitted: Fitted, position: int, rows: NDArray[np.int64], validation: NDArray[np.int64],
 ) -> None:  # fmt: skip
-    labels, probabilities_NK = opened.specs.labels(rows), fitted.probabilities_SNK[position]
+    labels, probabilities_NK = opened.specs.labels(rows), fitted.probabilities_SNK[position, : len(rows)]
+    validated_NK, validation_labels = fitted.probabilities_SNK[position, len(rows) :], opened.specs.labels(validation)
+    temperature = fit_temperature(validated_NK, validation_labels) if len(validation) else None
     wide = probabilities_NK.astype(np.float64)
     scores = {name: float(metric(wide, labels, None)) for name, metric in SCORES.items()}  # the report takes its own
     application = {
@@ -230,17 +237,20 @@ def _publish(
         "encoder_artifact": task.encoder if protocol.kind != "fine_tune" else None,
         "images": asdict(opened.recipe.decoding),
         "classes": opened.specs.classes,
+        "temperature": temperature,
     }
+    index, classes = opened.specs.index, opened.specs.classes
+    files = {"predictions.parquet": predictions_table(index.loc[rows], labels, classes, probabilities_NK, seed)}
+    if len(validation):
+        table = predictions_table(index.loc[validation], validation_labels, classes, validated_NK, seed)
+        files["validation.parquet"] = table
     publish(
         opened.store, spec.name, stage=spec.stage, version=spec.version, config=spec.config, inputs=spec.inputs,
-        files={
-            "predictions.parquet": predictions_table(
-                opened.specs.index.loc[rows], labels, opened.specs.classes, probabilities_NK, seed
-            ),
-            "model.json": json.dumps(application, indent=1).encode(),
-            **fitted.weights[position],
+        files={**files, "model.json": json.dumps(application, indent=1).encode(), **fitted.weights[position]},
+        facts={
+            "scores": scores, "temperature": temperature,
+            **({"training": fitted.training[position]} if fitted.training[position] else {}),
         },
-        facts={"scores": scores, **({"training": fitted.training[position]} if fitted.training[position] else {})},
     )  # fmt: skip
 
 

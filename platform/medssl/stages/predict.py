@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from medssl.artifacts import ARTIFACTS, STUDIES, folder, read_marker
+from medssl.calibration import apply_temperature
 from medssl.datasets.read import Decoding
 from medssl.errors import DataError, MissingKey, RecipeError, nearest
 from medssl.networks.encoder import EncoderParams
@@ -53,12 +54,14 @@ def predict(
     pretraining_seed: int = 0,
     label_draw: int = 0,
     head_seed: int = 0,
+    calibrated: bool = False,
 ) -> Predictions:
     """Writes image, predicted class and the probability of each class for image files (or folders of them).
 
     Args:
         arm: name of an arm of a finished study in the store, or the name (or URI) of an evaluate artifact in it.
         out: .csv or .parquet; written whole or not at all.
+        calibrated: divide the logits by the temperature that was fitted on the study's validation images.
 
     Raises:
         MedsslError: no such arm or run, no images, or the run's weights were not kept.
@@ -74,6 +77,11 @@ def predict(
         else _find(store, arm, study, protocol, pretraining_seed, label_draw, head_seed)
     )
     model = load_model(store, name)
+    if calibrated and model.temperature is None:
+        raise DataError(
+            f"{name} has no temperature: its study judges by the validation images, so none are left to fit one on; leave "
+            "--calibrated out"
+        )
     paths = list(_files(images))
     if not paths:
         raise DataError(f"no images ({', '.join(SUFFIXES)}) in {', '.join(images)}")
@@ -92,7 +100,10 @@ def predict(
             parts.append(model.probabilities(np.stack(batch)))
     if not parts:
         raise DataError(f"none of the {len(paths)} images could be read; the first: {rejected[0][0]}: {rejected[0][1]}")
-    _write(out, kept, np.concatenate(parts), model.classes)
+    found_NK = np.concatenate(parts)
+    if calibrated and model.temperature is not None:
+        found_NK = apply_temperature(found_NK, model.temperature).astype(np.float32)
+    _write(out, kept, found_NK, model.classes)
     return Predictions(out, len(kept), rejected)
 
 
@@ -110,6 +121,8 @@ class Model:
     """How the head is applied to features; None where the network was fine-tuned with it."""
     training: FineTuneParams | None
     """How the network was fine-tuned: it says whether images are taken in augmented passes."""
+    temperature: float | None
+    """Fitted on the study's validation images; None where there were none apart."""
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """An encoded image as the study decoded its own: (H, W, C) uint8."""
@@ -180,7 +193,10 @@ def load_model(store: Store, name: str) -> Model:
         encoder = build_encoder(params, 0)
         load_weights(encoder, weights)
         encoder.eval()
-    return Model(facts["classes"], facts["features"], params, Decoding(**facts["images"]), encoder, head, probe, training)
+    return Model(
+        facts["classes"], facts["features"], params, Decoding(**facts["images"]), encoder, head, probe, training,
+        facts.get("temperature"),
+    )  # fmt: skip
 
 
 def _find(

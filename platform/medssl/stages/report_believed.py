@@ -89,17 +89,26 @@ def calibration_table(data: ReportData) -> Table | None:
     if not keys:
         return None
     corrected = any(math.isfinite(as_float(row["ece_corrected"])) for row in found.values())
+    scaled = any(math.isfinite(as_float(row["temperature"])) for row in found.values())
     names = ["confidence", "accuracy", "ece", "brier", *(["ece_corrected", "brier_corrected"] if corrected else [])]
+    names += ["temperature", "ece_scaled", "brier_scaled"] if scaled else []
     lines = [[arm, title_of(protocol), *(number3(found[arm, protocol][name]) for name in names)] for arm, protocol in keys]
     columns = [
         Column("arm"), Column("protocol"), Column("confidence", "mean", True), Column("accuracy", "", True),
         Column("calibration error", "ECE", True), Column("Brier score", "", True),
         *([Column("calibration error", "ECE, corrected", True), Column("Brier score", "corrected", True)] if corrected else []),
+        *([Column("temperature", "mean", True), Column("calibration error", "ECE, scaled", True),
+           Column("Brier score", "scaled", True)] if scaled else []),
     ]  # fmt: skip
     caption = (
         "Calibration, mean over all runs. ECE: distance of accuracy from confidence, mean over images in 15 bins. Brier score: "
         "squared distance of the probabilities from the label, 0 to 2. Lower is better for both."
     )
+    if scaled:
+        caption += (
+            " Scaled: logits divided by the temperature that fits each run's validation predictions, which leaves the named "
+            "classes as they are; `medssl predict --calibrated` does the same."
+        )
     return Table(caption, columns, lines)
 
 

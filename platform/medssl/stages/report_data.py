@@ -36,7 +36,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "class_scores": (
         "arm", "protocol", "class", "images", "precision", "recall", "f1", "auc", "average_precision", "sensitivity",
     ),
-    "calibration": ("arm", "protocol", "confidence", "accuracy", "ece", "brier", "ece_corrected", "brier_corrected"),
+    "calibration": (
+        "arm", "protocol", "confidence", "accuracy", "ece", "brier", "ece_corrected", "brier_corrected",
+        "temperature", "ece_scaled", "brier_scaled",
+    ),
     "priors": ("arm", "protocol", "metric", "measured", "as_it_is", "corrected"),
     "units": ("unit", "arm", "protocol", "metric", "per_image", "per_unit"),
     "shifted": ("set", "arm", "protocol", "metric", "home", "away"),
@@ -256,7 +259,8 @@ class ReportData:
     """That `sensitivity` in the class scores is at."""
     calibration: pd.DataFrame = field(default_factory=lambda: empty("calibration"))
     """Mean over the runs: confidence, accuracy, expected calibration error and Brier score; the last two also with the class
-    frequencies of the labelled images put back, NaN where class weights did not take them out."""
+    frequencies of the labelled images put back, NaN where class weights did not take them out, and after temperature scaling, NaN
+    where evaluations have no temperature."""
     reliabilities: Mapping[tuple[str, str], tuple[Reliability, Reliability | None]] = field(default_factory=dict)
     """All runs' predictions together by (arm, protocol): as they are, and with the class frequencies put back."""
     deployment_prior: Mapping[str, float] = field(default_factory=dict)

@@ -219,11 +219,13 @@ class Specs:
             "test": self._label_digest(test, patients=True),
         }
         seen = [drawn, test]
-        if cell.protocol.kind == "fine_tune" and cell.protocol.training.needs_validation:
+        watched = cell.protocol.kind == "fine_tune" and cell.protocol.training.needs_validation
+        scaled = self.recipe.evaluation_split != VALIDATION  # a temperature is fitted on the validation images
+        if watched or scaled:
             seen.append(self.rows(VALIDATION))
-            inputs["validation"] = self._label_digest(seen[-1])
+            inputs["validation"] = self._label_digest(seen[-1], patients=scaled)
         inputs |= self._pixels(cell.protocol, np.concatenate(seen))
-        images = _images(cell.protocol, len(drawn), len(test))
+        images = _images(cell.protocol, len(drawn), len(test) + (len(seen[-1]) if scaled else 0))
         return Spec("evaluate", config, inputs, f"{cell.label}, head seed {head_seed}", images)
 
     def shifted_features(self, arm: Arm, seed: int, shifted: ShiftedSet, encoder: Marker | None) -> Spec:
