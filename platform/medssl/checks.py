@@ -10,6 +10,7 @@ from medssl.errors import DataError, MedsslError, RecipeError
 from medssl.judging import check_report
 from medssl.mixes import check_splits, joined_index
 from medssl.mixes import shown as all_shown
+from medssl.networks.own import is_own
 from medssl.stages.specs import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ def _check_neighbours(study: Study) -> None:
 
 def _check_pretrainings(study: Study) -> None:
     for arm in study.recipe.arms:
+        params = study.recipe.encoder_of(arm)
+        if arm.features == "encoder" and is_own(params.name):
+            from medssl.networks.encoder import build_encoder  # torch, which takes seconds
+
+            build_encoder(params, 0)
         if arm.objective is None:
             continue
         if arm.pairs == "bag":

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from medssl.errors import DataError, RecipeError, nearest
+from medssl.networks.own import build_own, is_own
 from medssl.networks.wide_resnet import WIDE_RESNETS, build_wide_resnet
 from medssl.params import Params
 
@@ -22,7 +23,8 @@ class EncoderParams(Params):
     """Which network maps images to features, and at what size and normalisation it sees them."""
 
     name: str = "resnet18"
-    """Name of a timm model, or of one of SimCLR's wide ResNets: resnet50_2x, resnet50_4x, resnet152_2x, ..."""
+    """Name of a timm model, of one of SimCLR's wide ResNets (resnet50_2x, resnet50_4x, resnet152_2x, ...), or a function of your
+    own that returns a torch module from images to features: package.module:function."""
     image_px: int = Field(64, ge=16, le=1024)
     """Side in pixels of the square image (view) that the encoder sees."""
     channels: int = Field(3, ge=1, le=4)
@@ -47,8 +49,12 @@ def build_encoder(params: EncoderParams, seed: int) -> nn.Module:
     """A network with random weights drawn from `seed`, mapping (B, C, H, W) to (B, E).
 
     Torch's global generator is left as it was. Raises RecipeError for a name that neither timm nor
-    :mod:`medssl.networks.wide_resnet` knows.
+    :mod:`medssl.networks.wide_resnet` knows, and for a user's own function (:mod:`medssl.networks.own`) that gives no encoder.
     """
+    if is_own(params.name):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_own(params)
     import timm  # loads for seconds, and the command line validates without it
 
     wide = params.name in WIDE_RESNETS

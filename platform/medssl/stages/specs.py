@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from medssl.artifacts import Marker, artifact_name, digest_json
 from medssl.datasets.draws import label_draw
 from medssl.mixes import seen_elsewhere
+from medssl.networks.own import is_own, source_digest
 from medssl.protocols import Probe, Protocol
 from medssl.recipe import Arm, Recipe
 from medssl.shifted import ShiftedSet, shifted_set
@@ -126,10 +127,10 @@ class Specs:
         if arm.initial_weights != "random":
             inputs["initial_weights"] = self.weights_digests[arm.name]
         if arm.objective is None:
-            config |= {"encoder": self.recipe.encoder_of(arm).canonical(), "seed": seed}
+            config |= {"encoder": self._architecture(arm), "seed": seed}
             return Spec("initialise", config, inputs, f"initialise {arm.name} seed {seed}", images)
         plan = self.recipe.plan(arm, seed)
-        config |= {"plan": plan.canonical(), "feeding": self.recipe.images.feeding}
+        config |= {"plan": plan.canonical() | {"encoder": self._architecture(arm)}, "feeding": self.recipe.images.feeding}
         if arm.pairs == "bag":
             keys = [part.index.loc[part.rows, ["image_id", "bag_id", "patient_id"]].astype(object) for part in parts]
             lists = [part.where(part.notna(), None).to_numpy().tolist() for part in keys]
@@ -170,12 +171,12 @@ class Specs:
         inputs = {"images": self._image_digest(rows)}
         images = len(rows)
         if encoder is not None:
-            config["encoder"] = self.recipe.encoder_of(arm).canonical()
+            config["encoder"] = self._architecture(arm)
             inputs["encoder"] = encoder.digest
         bank = protocol.probe.bank_passes
         if bank and protocol.kind != "knn":
             drawn = self.drawn_rows()
-            config["encoder"] = self.recipe.encoder_of(arm).canonical()  # the size and colours of augmented views
+            config["encoder"] = self._architecture(arm)  # the size and colours of augmented views
             config["bank"] = {
                 "passes": bank,
                 "seed": seed,
@@ -233,7 +234,7 @@ class Specs:
         config: dict[str, Any] = {"features": arm.features, "images": self._decoding()}
         inputs = {"images": self._image_digest(shifted.index.loc[shifted.rows])}
         if encoder is not None:
-            config["encoder"] = self.recipe.encoder_of(arm).canonical()
+            config["encoder"] = self._architecture(arm)
             inputs["encoder"] = encoder.digest
         return Spec("embed", config, inputs, f"embed {arm.name} seed {seed} on {shifted.params.name}", len(shifted.rows))
 
@@ -279,6 +280,11 @@ class Specs:
     def _draws(self) -> dict[tuple[int, int | float | None], NDArray[np.int64]]:
         return {}
 
+    def _architecture(self, arm: Arm) -> dict[str, Any]:
+        """The encoder's parameters; of a user's own network also the digest of its source."""
+        params = self.recipe.encoder_of(arm)
+        return params.canonical() | ({"source": source_digest(params.name)} if is_own(params.name) else {})
+
     def _decoding(self) -> dict[str, Any]:
         return asdict(self.recipe.decoding)
 
@@ -286,7 +292,7 @@ class Specs:
         """What a fine-tuning needs to know of network and decoding; a probe has it in its features' digest."""
         if protocol.kind != "fine_tune":
             return {}
-        return {"encoder": self.recipe.encoder_of(arm).canonical(), "images": self._decoding()}
+        return {"encoder": self._architecture(arm), "images": self._decoding()}
 
     def _pixels(self, protocol: Protocol, rows: NDArray[np.int64]) -> dict[str, str]:
         if protocol.kind != "fine_tune":
