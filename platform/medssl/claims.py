@@ -163,15 +163,19 @@ def detectable(study: Study) -> tuple[Detectable, ...]:
 def _detectable(study: Study, comparison: Comparison, patients: int) -> Detectable:
     recipe = study.recipe
     arms, protocol = {a.name: a for a in recipe.arms}, next(p for p in recipe.protocols if p.name == comparison.protocol)
-    both = [arms[name] for name in (comparison.better, comparison.than)]
-    first, second = (len(study.specs.pretraining_seeds(arm, protocol)) for arm in both)
+    both = [arms.get(name) for name in (comparison.better, comparison.than)]
+    first, second = (
+        len(study.specs.pretraining_seeds(arm, protocol)) if arm else len(study.outside[name].probabilities_MNK)
+        for name, arm in zip((comparison.better, comparison.than), both, strict=True)
+    )
     draws = recipe.draws_of(protocol)
     level = round(1 - recipe.bootstrap.level, 12)
     design: dict[str, Any] = {
         "pretraining_seeds": (first, second), "label_draws": draws, "head_seeds": (protocol.head_seeds,) * 2,
         "patients": patients, "power": POWER, "level": level,
     }  # fmt: skip
-    single = [arm.name for arm, n in zip(both, (first, second), strict=True) if n == 1 and (arm.objective or arm.is_random)]
+    seeds = zip(both, (first, second), strict=True)
+    single = [arm.name for arm, n in seeds if arm and n == 1 and (arm.objective or arm.is_random)]
     notes = [f"nothing about other pretraining seeds of {name}, which has one" for name in single]
     notes += ["nothing about other draws of the labels: there is one"] if draws == 1 else []
     asked = comparison.equivalence_margin

@@ -59,7 +59,7 @@ def compare(recipe: Recipe, runs: Mapping[tuple[str, str], Runs], planned: Plann
         found.rows.append(_base(dropped) | {"test": NOT_REPORTED, "margin": dropped.equivalence_margin, "planned": True})
     kinds = {arm.name: arm for arm in recipe.arms}
     for name, protocol, metric in dict.fromkeys((c.than, c.judged, c.metric) for c in recipe.comparisons):
-        if kinds[name].is_random:
+        if name in kinds and kinds[name].is_random:
             _same_against_same(recipe, runs[name, protocol], metric, found)
     return found
 
@@ -70,11 +70,16 @@ def _base(claim: Comparison) -> dict[str, Any]:
 
 def _compare(recipe: Recipe, claim: Comparison, better: Runs, than: Runs, planned: Planned | None, found: Found) -> None:
     base = _base(claim) | {"planned": planned.has(claim) if planned else None}
-    # features without chance have one seed; both arms must have the same label draws
-    draws = min(better.probabilities_PDSNK.shape[1], than.probabilities_PDSNK.shape[1])
+    # features without chance have one seed; both arms must have the same label draws, of which predictions from a file know none
+    outside = [arm.name for arm in recipe.outside]
+    draws = min([run.probabilities_PDSNK.shape[1] for run in (better, than) if run.arm not in outside], default=1)
+    first_PDSNK, second_PDSNK = (
+        np.repeat(run.probabilities_PDSNK, draws, axis=1) if run.arm in outside else run.probabilities_PDSNK[:, :draws]
+        for run in (better, than)
+    )
     interval = nested_bootstrap(
-        better.probabilities_PDSNK[:, :draws],
-        than.probabilities_PDSNK[:, :draws],
+        first_PDSNK,
+        second_PDSNK,
         better.labels_N,
         better.patients_N,
         metric=claim.metric,

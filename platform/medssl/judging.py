@@ -81,7 +81,11 @@ def judge(recipe: Recipe, specs: Specs, runs: AllRuns) -> dict[str, Any]:
         name: [np.bincount(specs.labels(specs.draw(d, p)), minlength=len(specs.classes)) for d in range(recipe.draws_of(p))]
         for name, p in protocols.items()
     }
-    trained = {key: trained_priors(protocols[key[1]], draws[key[1]], run) for key, run in runs.items()}
+    outside = [arm.name for arm in recipe.outside]
+    trained = {
+        key: unknown_priors(draws[key[1]], run) if key[0] in outside else trained_priors(protocols[key[1]], draws[key[1]], run)
+        for key, run in runs.items()
+    }
     return {
         "class_scores": class_scores(runs, specs.classes, recipe.report.specificity),
         "specificity": recipe.report.specificity,
@@ -115,6 +119,11 @@ def trained_priors(protocol: Protocol, draws: list[NDArray[np.int64]], run: Runs
     counts_DK = np.stack(draws).astype(np.float64)
     seen_DK = np.ones_like(counts_DK) if balanced else counts_DK
     return seen_DK[_draw_of_models(run)]
+
+
+def unknown_priors(draws: list[NDArray[np.int64]], run: Runs) -> NDArray[np.float64]:
+    """The same for models from outside, of whose training nothing is known: they are taken for trained at these frequencies."""
+    return np.stack(draws).astype(np.float64)[_draw_of_models(run)]
 
 
 # -- class by class --------------------------------------------------------------------------------------------

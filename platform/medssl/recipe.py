@@ -6,7 +6,7 @@ together. `recipe_file` reads one from YAML.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,9 +18,11 @@ from medssl.networks.encoder import EncoderParams
 from medssl.networks.surgery import SurgeryParams
 from medssl.objectives import ObjectiveParams
 from medssl.optim import OptimiserParams, ScheduleParams
+from medssl.outside import OutsideParams, split_arms
 from medssl.params import Params
 from medssl.protocols import NAME, Protocol, check_metric, views_of
 from medssl.published import PublishedParams
+from medssl.report_params import ReportParams
 from medssl.shifted import ShiftedParams, judged_as
 from medssl.training.plan import FurtherParams, PretrainPlan
 from medssl.views import ViewParams
@@ -186,42 +188,6 @@ class Bootstrap(Params):
     """Seed of the resampling."""
 
 
-class ReportParams(Params):
-    """What the report says of the predictions beside the scores; nothing here changes an evaluation."""
-
-    specificity: float = Field(0.95, gt=0, lt=1)
-    """Specificity at which the sensitivity for each class is given."""
-    decision_class: str | None = None
-    """Class against the rest whose decision curve is drawn: the net benefit of acting on its probability; null none."""
-    deployment_prior: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    """Frequency of each class where the classifier is to be used: scores as they would be there stand beside the measured ones.
-    Shares or counts, one for every class; null none."""
-    subgroups: tuple[str, ...] = ()
-    """Further columns of the dataset (site, device, sex, age ...): every metric by their values."""
-    bands: dict[str, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(default_factory=dict)
-    """Limits at which a column of `subgroups` that holds numbers is cut, ascending: {age: [40, 60]}."""
-    smallest_group: int = Field(20, ge=2)
-    """Groups of fewer images are counted, not scored."""
-    embedding_map: bool = True
-    """t-SNE of the judged images' features, of each arm that a probe judges."""
-    images: bool = False
-    """Whether images of the dataset (the errors that were made most confidently) stand in the report."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ReportParams:
-        twice = next((name for name in self.subgroups if self.subgroups.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"subgroups names column '{twice}' twice")
-        for name, limits in self.bands.items():
-            if name not in self.subgroups:
-                raise ValueError(f"bands cuts column '{name}', which subgroups does not name: add it there")
-            if list(limits) != sorted(set(limits)):
-                raise ValueError(f"bands of '{name}' are {list(limits)}: limits ascend, each once")
-        if self.deployment_prior is not None and sum(share > 0 for share in self.deployment_prior.values()) < 2:
-            raise ValueError("deployment_prior has fewer than two classes above 0: there is nothing to tell apart")
-        return self
-
-
 class Compute(Params):
     """Where it runs; nothing here changes a result or a hash."""
 
@@ -264,6 +230,8 @@ class Recipe(Params):
     """Encoder of every arm that names none."""
     arms: tuple[Arm, ...] = Field(min_length=1)
     """What is compared."""
+    outside: tuple[OutsideParams, ...] = ()
+    """Arms that are predictions from a file; they are written among the arms."""
     repeats: Repeats = Repeats()
     """Repeats of each kind of chance."""
     protocols: tuple[Protocol, ...] = Field(min_length=1)
@@ -289,14 +257,18 @@ class Recipe(Params):
     @model_validator(mode="before")
     @classmethod
     def _write_out(cls, fields: Any) -> Any:
-        return expanded(fields)
+        return expanded(split_arms(fields))
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for metric in self.metrics:
             check_metric(metric)
-        named = {"arm": self.arms, "protocol": self.protocols, "shifted set": self.shifted}
-        for kind, names in ((kind, [each.name for each in parts]) for kind, parts in named.items()):
+        named = {
+            "arm": [each.name for each in self.arms] + [each.name for each in self.outside],
+            "protocol": [each.name for each in self.protocols],
+            "shifted set": [each.name for each in self.shifted],
+        }
+        for kind, names in named.items():
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
@@ -371,9 +343,14 @@ class Recipe(Params):
 
     def _check_comparison(self, comparison: Comparison) -> None:
         arms, protocols = {a.name: a for a in self.arms}, {p.name: p.kind for p in self.protocols}
+        outside = [arm.name for arm in self.outside]
         for name in (comparison.better, comparison.than):
+            if name in outside:
+                if comparison.shifted is not None:
+                    raise ValueError(f"arm '{name}' is predictions of the study's own images: there are none of a shifted set")
+                continue
             if name not in arms:
-                raise ValueError(f"comparison names arm '{name}': {nearest(name, arms)}")
+                raise ValueError(f"comparison names arm '{name}': {nearest(name, (*arms, *outside))}")
             if arms[name].features == "colour" and protocols.get(comparison.protocol) == "fine_tune":
                 raise ValueError(f"arm '{name}' has no network to fine-tune: compare it by a linear probe")
         if comparison.protocol not in protocols:

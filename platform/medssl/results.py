@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from medssl.errors import MissingKey
 from medssl.guards import look_alikes, look_warnings
 from medssl.judging import judge
 from medssl.metrics import SCORES
+from medssl.outside import Outside
 from medssl.pictures import confident_mistakes, embedding_maps
 from medssl.recipe import Arm, Recipe
 from medssl.recipe_file import dump
@@ -96,6 +98,8 @@ def build_report(study: Study) -> StudyResult:
     data = _report_data(study, runs, away, compare(study.recipe, runs | away, planned), planned)
     files = dict(render(data))
     result = StudyResult(study.recipe.study, data.scores, data.summary, data.comparisons, _report_uri(study.store, study.recipe))
+    for each in study.outside.values():
+        files[f"outside/{each.params.name}{Path(each.params.predictions).suffix}"] = each.content
     files["result.json"] = _dump_result(result)
     files["recipe.yaml"] = dump(study.recipe).encode()
     files |= {f"arms/{arm}.json": json.dumps(index, indent=1).encode() for arm, index in _arm_indexes(study).items()}
@@ -141,10 +145,25 @@ def _collect(study: Study) -> dict[tuple[str, str], Runs]:
     judged = _Judged(
         study.specs.labels(rows), known.where(known.notna(), None).to_numpy()[rows].tolist(), len(study.specs.classes)
     )  # fmt: skip
-    return {
+    found = {
         key: _runs(study, key, cells, [study.evaluations(cell) or {} for cell in cells], judged)
         for key, cells in _cells(study).items()
     }
+    for protocol in dict.fromkeys(name for _, name in found):
+        for name, outside in study.outside.items():
+            found[name, protocol] = _outside_runs(study, name, protocol, outside, judged)
+    return found
+
+
+def _outside_runs(study: Study, name: str, protocol: str, outside: Outside, judged: _Judged) -> Runs:
+    """An outside arm's models as pretraining seeds of one label draw and one head each."""
+    models_MNK = outside.probabilities_MNK
+    wide = [model_NK.astype(np.float64) for model_NK in models_MNK]
+    scores = {
+        metric: np.array([SCORES[metric](model_NK, judged.labels_N, None) for model_NK in wide])[:, None, None]
+        for metric in study.recipe.metrics
+    }
+    return Runs(name, protocol, scores, models_MNK[:, None, None], judged.labels_N, judged.patients_N)
 
 
 def _collect_shifted(study: Study) -> dict[tuple[str, str], Runs]:
@@ -258,6 +277,7 @@ def _report_data(
         mix_notes,
         monitors,
         neighbour_warnings,
+        outside_facts,
         published_tables,
         range_tests,
         searches,
@@ -277,7 +297,7 @@ def _report_data(
         main_metric=recipe.comparisons[0].metric if recipe.comparisons else recipe.metrics[0],
         main_protocol=main_protocol,
         interval_level=recipe.bootstrap.level,
-        arms=[arm_facts(recipe, arm) for arm in recipe.arms],
+        arms=[*(arm_facts(recipe, arm) for arm in recipe.arms), *map(outside_facts, study.outside.values())],
         datasets=[_own_facts(study), *_shifted_facts(study)],
         scores=_scores_frame(runs | away),
         summary=_summary_frame(runs | away),

@@ -82,7 +82,9 @@ def shifted_table(study: Study, home: AllRuns, away: AllRuns) -> pd.DataFrame:
     records: list[tuple[Any, ...]] = []
     for name, shifted in study.specs.shifted.items():
         for (arm, protocol), run in home.items():
-            there = away[arm, judged_as(protocol, name)]
+            there = away.get((arm, judged_as(protocol, name)))
+            if there is None:  # predictions from a file are of the study's images
+                continue
             inside_N = np.isin(run.labels_N, shifted.columns_C)
             labels_N = np.searchsorted(shifted.columns_C, run.labels_N[inside_N])
             models = run.probabilities_PDSNK.reshape(-1, *run.probabilities_PDSNK.shape[3:])

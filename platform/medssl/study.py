@@ -20,8 +20,10 @@ from medssl.claims import Detectable, detectable
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.errors import DataError, RecipeError, StoreError
 from medssl.events import Event, OnEvent
+from medssl.given import read_given
 from medssl.leases import Lease, lease
 from medssl.mixes import Source
+from medssl.outside import Outside, OutsideParams, read_predictions
 from medssl.protocols import Probe, Protocol
 from medssl.recipe import Arm, Recipe
 from medssl.recipe_file import load
@@ -86,9 +88,17 @@ class Study:
                 raise RecipeError(f"{where} names {name}, the study's own dataset: {what}")
         others = {name: dataset.index() for name, dataset in self.others.items()}
         self.specs = Specs(recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others)
+        self.outside = {each.name: self._read_outside(each) for each in recipe.outside}
+        """Predictions from files by the arm's name."""
         check_study(self)
         self._finished = finished(store)
         self._markers: dict[str, Marker] = {}
+
+    def _read_outside(self, params: OutsideParams) -> Outside:
+        content = read_given(params.predictions, self.store, f"predictions of arm '{params.name}' ({params.predictions})")
+        judged = self.specs.rows(self.recipe.evaluation_split)
+        ids = [str(name) for name in self.specs.index["image_id"].to_numpy()[judged]]
+        return read_predictions(params, content, ids, self.specs.classes)
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -217,8 +227,8 @@ class Study:
             if specs is None or not all(self.is_finished(s) for s in specs.values()):
                 return None
             names += [s.name for s in specs.values()]
-        away = artifact_names(self)
-        return None if away is None else report_name(self.recipe, names + away, self.dataset.card, self.specs.index)
+        away, given = artifact_names(self), [each.digest for each in self.outside.values()]
+        return None if away is None else report_name(self.recipe, names + away + given, self.dataset.card, self.specs.index)
 
     def plan(self) -> list[PlanLine]:
         """The stages with their state and cost."""

@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from medssl.artifacts import digest_json, folder
-from medssl.errors import DataError, MissingKey, RecipeError
+from medssl.errors import DataError, RecipeError
+from medssl.given import read_given
 from medssl.networks.encoder import EncoderParams
 from medssl.recipe import Arm, Recipe
 from medssl.stages.specs import Spec
-from medssl.store import Store, open_store
+from medssl.store import Store
 
 STAGED = "initial.safetensors"
 """File in the artifact's folder with the fitted weights while the artifact is being made."""
@@ -112,24 +112,8 @@ def _is_timm(given: str) -> bool:
 
 def _read(given: str, store: Store) -> bytes:
     """The file's bytes."""
-    if given.startswith(("http://", "https://")):
-        raise RecipeError(f"initial_weights '{given}': web addresses are not read; download the file and give its path or URI")
-    if not given.endswith(SUFFIXES):
+    if not given.startswith(("http://", "https://")) and not given.endswith(SUFFIXES):
         choices = ", ".join(SUFFIXES)
         raise RecipeError(f"initial_weights '{given}': give `random`, `timm`, `timm:NAME`, or a file that ends in {choices}")
-    if "://" in given:
-        parent, _, key = given.rpartition("/")
-        return _read_key(open_store(parent), key, given, "there is no such file")
-    path = Path(given).expanduser()
-    if path.is_file():
-        return _read_key(open_store(str(path.absolute().parent)), path.name, given, "there is no such file")
-    if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"initial_weights '{given}': there is no such file")
-    return _read_key(store, path.as_posix(), given, f"there is no such file in {Path.cwd()} or in {store.uri}")
+    return read_given(given, store, f"initial_weights '{given}'")
 
-
-def _read_key(place: Store, key: str, given: str, absent: str) -> bytes:
-    try:
-        return place.read(key)
-    except MissingKey:
-        raise DataError(f"initial_weights '{given}': {absent}") from None

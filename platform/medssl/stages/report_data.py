@@ -73,8 +73,10 @@ class ArmFacts:
     name: str
     description: str = ""
     """One phrase, such as `ResNet-18, Barlow Twins, 12 epochs`."""
-    kind: Literal["pretrained", "random", "colour"] = "pretrained"
-    """`colour` has no encoder: it needs no pretraining seeds, and is the floor for the others."""
+    kind: Literal["pretrained", "random", "colour", "outside"] = "pretrained"
+    """`outside` is predictions from a file, of models whose making nobody knows here.
+
+    `colour` has no encoder: it needs no pretraining seeds, and is the floor for the others."""
 
 
 @dataclass(frozen=True)

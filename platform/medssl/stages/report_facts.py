@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from medssl.artifacts import Marker, folder
 from medssl.datasets.dataset import Dataset
 from medssl.errors import MissingKey
+from medssl.outside import Outside
 from medssl.protocols import Protocol
 from medssl.recipe import Arm, Recipe
 from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts, PublishedFacts
@@ -48,6 +49,13 @@ def arm_facts(recipe: Recipe, arm: Arm) -> ArmFacts:
         arm.name,
         f"{encoder.name} at {encoder.image_px} px, {begin}, {words}{_mix(arm)}, {arm.epochs} epochs, batch {arm.batch_size}",
     )
+
+
+def outside_facts(outside: Outside) -> ArmFacts:
+    """An arm that is predictions from a file."""
+    models = len(outside.probabilities_MNK)
+    what = f"predictions from {outside.params.predictions}" + (f", {models} models" if models > 1 else "")
+    return ArmFacts(outside.params.name, f"{what} (SHA-256 {outside.digest[:16]})", "outside")
 
 
 def _mix(arm: Arm) -> str:

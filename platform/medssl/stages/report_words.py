@@ -42,6 +42,8 @@ FEW_REPEATS = 3
 COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.5
 """At the end of a pretraining, a standard deviation or an effective rank no larger than this is a collapse, as in the loop."""
 
+_WITHOUT_SEEDS = ("colour", "outside")
+"""Kinds of arms that have no pretraining to be repeated."""
 _FEW_LOOK_ALIKES = 0.01
 """Share of the judged images up to which look-alikes in other splits are counted without a caution."""
 
@@ -207,7 +209,7 @@ def _few(data: ReportData, better: str, than: str, protocol: str) -> str:
 
 def _single_pretraining(data: ReportData, arm: str, protocol: str) -> bool:
     """Whether an arm with an encoder has one pretraining seed, which tells of that encoder and not of the method."""
-    return arm_kind(data, arm) != "colour" and _repeats(data, arm, protocol)[0] == 1
+    return arm_kind(data, arm) not in _WITHOUT_SEEDS and _repeats(data, arm, protocol)[0] == 1
 
 
 def _repeats(data: ReportData, arm: str, protocol: str) -> tuple[float, float]:
@@ -223,9 +225,10 @@ def few_repeats(data: ReportData, arm: str, protocol: str) -> str:
     """Which repeats of an arm are fewer than FEW_REPEATS, in words; empty where none is known to be."""
     seeds, draws = _repeats(data, arm, protocol)
     words = []
-    if seeds < FEW_REPEATS and arm_kind(data, arm) != "colour":
+    kind = arm_kind(data, arm)
+    if seeds < FEW_REPEATS and kind not in _WITHOUT_SEEDS:
         words.append(plural(int(seeds), "pretraining seed"))
-    if draws < FEW_REPEATS:
+    if draws < FEW_REPEATS and kind != "outside":
         words.append(plural(int(draws), "draw") + " of the labels")
     return f"{arm} has {' and '.join(words)}" if words else ""
 
