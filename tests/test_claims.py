@@ -67,6 +67,7 @@ def dataset(store: Store) -> Store:
         "image_id": [f"i{n:02}" for n in range(60)], "label": ["a", "b"] * 30, "bag_id": None,
         "patient_id": [f"p{n // 2}" if n != 59 else None for n in range(60)],
         "split": ["train"] * 30 + ["val"] * 13 + ["test"] * 17, "sha256": [f"{n:064x}" for n in range(60)],
+        "phash": [f"{0x9E3779B97F4A7C15 * n % 2**64:016x}" for n in range(60)],
     })  # fmt: skip
     buffer = io.BytesIO()
     images.to_parquet(buffer)
