@@ -10,11 +10,10 @@ from medssl.errors import DataError, MedsslError, RecipeError
 from medssl.judging import check_report
 from medssl.mixes import check_splits, joined_index
 from medssl.mixes import shown as all_shown
-from medssl.networks.own import is_own
 from medssl.stages.specs import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
-    from medssl.recipe import Arm
+    from medssl.recipe import Arm, Recipe
     from medssl.study import Study
 
 
@@ -29,6 +28,23 @@ def check_study(study: Study) -> None:
     check_report(study.recipe, study.specs)
     _check_shifted(study)
     _check_pretrainings(study)
+
+
+def own_encoders(recipe: Recipe) -> dict[str, str]:
+    """Digest of the source of each encoder that is a user's own function, by its name; built and checked on small inputs.
+
+    Raises:
+        RecipeError: there is no such function, or what it returns is no encoder.
+    """
+    arms = [arm for arm in recipe.arms if arm.features == "encoder" and ":" in recipe.encoder_of(arm).name]
+    if not arms:
+        return {}
+    from medssl.networks.own import check_own, source_digest  # with torch, which a study of known networks can do without here
+
+    kinds = {(recipe.encoder_of(arm), arm.initial_weights == "random") for arm in arms}
+    for params, random in sorted(kinds, key=str):
+        check_own(params, random=random)
+    return {params.name: source_digest(params.name) for params, _ in kinds}
 
 
 def _check_shifted(study: Study) -> None:
@@ -77,11 +93,6 @@ def _check_neighbours(study: Study) -> None:
 
 def _check_pretrainings(study: Study) -> None:
     for arm in study.recipe.arms:
-        params = study.recipe.encoder_of(arm)
-        if arm.features == "encoder" and is_own(params.name):
-            from medssl.networks.encoder import build_encoder  # torch, which takes seconds
-
-            build_encoder(params, 0)
         if arm.objective is None:
             continue
         if arm.pairs == "bag":

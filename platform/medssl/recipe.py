@@ -63,7 +63,8 @@ class Arm(Params):
     encoder: EncoderParams | None = None
     """The arm's own encoder; null uses the study's."""
     initial_weights: str = "random"
-    """`random`, `timm` (the encoder's pretrained weights), `timm:NAME`, or a file (stages/initial.py says where it is sought)."""
+    """`random`, `timm` (the encoder's pretrained weights), `timm:NAME`, or a file (stages/initial.py says where it is sought);
+    `function` where the encoder is a function of your own that loads weights."""
     objective: ObjectiveParams | None = None
     """Pretraining objective; null pretrains nothing."""
     pretraining_seeds: int | None = Field(None, ge=1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.artifacts import Marker, finished, read_marker, read_markers
-from medssl.checks import check_study
+from medssl.checks import check_study, own_encoders
 from medssl.claims import Detectable, detectable
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.errors import DataError, RecipeError, StoreError
@@ -87,7 +87,9 @@ class Study:
                 where, what = ("mix", "leave `dataset` out of that part of mix") if name in mixed else ("shifted", "name another")
                 raise RecipeError(f"{where} names {name}, the study's own dataset: {what}")
         others = {name: dataset.index() for name, dataset in self.others.items()}
-        self.specs = Specs(recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others)
+        self.specs = Specs(
+            recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others, own_encoders(recipe)
+        )  # fmt: skip
         self.outside = {each.name: self._read_outside(each) for each in recipe.outside}
         """Predictions from files by the arm's name."""
         check_study(self)

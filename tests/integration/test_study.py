@@ -184,6 +184,28 @@ def test_probes_share_the_features(place: Path, study: Path, store: Store, table
     assert refused.returncode == 2 and "probe.k is 41, but a draw has 40 labelled images" in refused.stderr
 
 
+def test_predictions_from_a_file_are_an_arm(place: Path, study: Path, store: Store, table: Path) -> None:
+    """What `predict` wrote of an arm, as another arm: nothing is made but a report, which gives it that run's scores."""
+    before, out, where = finished(store), place / "clinic.csv", ["--store", str(place / "store")]
+    tiny.medssl("predict", "random", str(table.parent), "--study", "tiny", "--out", str(out), *where)
+    pd.read_csv(out).assign(image_id=lambda rows: [Path(name).stem for name in rows["image"]]).to_csv(out, index=False)
+    fields = tiny.recipe(comparisons=[{"better": "barlow_twins", "than": "clinic", "protocol": "linear_probe"}])
+    fields["arms"].append({"name": "clinic", "predictions": str(out)})
+    path = tiny.write(place / "clinic.yaml", fields)
+    done = json.loads(tiny.medssl("run", str(path), *where, "--json").stdout)
+    assert stages(finished(store) - before) == {"report": 1}
+    run = json.loads(store.read("studies/tiny/arms/random.json"))["evaluations"][0]
+    scores = json.loads(store.read(f"markers/{run['artifact']}.json"))["facts"]["scores"]
+    found = {(a["protocol"], a["metric"]): a["values"] for a in done["arms"] if a["arm"] == "clinic"}
+    for protocol in ("linear_probe", "fine_tune"):
+        assert found[protocol, "balanced_accuracy"] == [pytest.approx(scores["balanced_accuracy"], abs=1e-6)]
+    assert done["comparisons"][0]["than"] == "clinic"
+    tiny.medssl("run", str(study), *where)  # the study's own report is the current one again
+    out.write_text(out.read_text().replace("image_id", "image_name"))
+    refused = tiny.medssl("plan", str(path), *where, check=False)
+    assert refused.returncode == 2 and "have no column image_id" in refused.stderr and refused.stderr.count("\n") == 1
+
+
 def test_finished_classifiers_are_judged_on_a_shifted_set(place: Path, study: Path, store: Store, table: Path) -> None:
     """Nothing is trained for it but the fine-tuning, whose weights must be kept; `predict`, restricted, says the same."""
     before = finished(store)

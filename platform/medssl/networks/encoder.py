@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from medssl.errors import DataError, RecipeError, nearest
-from medssl.networks.own import build_own, is_own
+from medssl.networks.own import build_own, is_own, own_width
 from medssl.networks.wide_resnet import WIDE_RESNETS, build_wide_resnet
 from medssl.params import Params
 
@@ -79,8 +79,8 @@ def _common(names: list[str]) -> list[str]:
 
 def feature_width(encoder: nn.Module) -> int:
     """E, the width of the encoder's features: timm's pooled output, which in some families (VGG, MobileNetV3, GhostNet) is
-    a layer behind the `num_features` of their last feature map."""
-    return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)  # type: ignore[arg-type]
+    a layer behind the `num_features` of their last feature map; of a user's own encoder it was measured."""
+    return own_width(encoder) or int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)  # type: ignore[arg-type]
 
 
 def save_weights(encoder: nn.Module, metadata: dict[str, str] | None = None) -> bytes:

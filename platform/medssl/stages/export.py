@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from medssl.artifacts import STUDIES, folder, read_marker
 from medssl.errors import DataError, MissingKey, RecipeError, nearest
 from medssl.networks.encoder import EncoderParams, build_encoder, feature_width, load_weights, save_weights
+from medssl.networks.own import is_own
 from medssl.networks.weights import timm_arguments
 from medssl.recipe_file import load
 from medssl.stages.model_card import CardFacts, data_facts, render_card
@@ -188,6 +189,8 @@ def _read_torchvision(data: bytes, params: EncoderParams) -> Features:
 def _torchvision_network(params: EncoderParams) -> nn.Module:
     from torchvision import models
 
+    if is_own(params.name):
+        raise RecipeError(f"torchvision has no network '{params.name}': export it as safetensors or onnx")
     if params.name not in models.list_models():
         raise RecipeError(f"torchvision has no network '{params.name}': export it as timm, safetensors or onnx")
     with torch.random.fork_rng(devices=[]):

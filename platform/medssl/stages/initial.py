@@ -1,8 +1,9 @@
 """The weights that an arm starts from: found, fitted to its encoder, and put where every worker can read them.
 
-`initial_weights` is `random`, `timm` (the encoder's own pretrained weights), `timm:NAME`, or a file: a URI, an absolute
-path, or a relative one, which is taken from the current folder if the file is there and else from the store. Only the
-driver looks: workers on other nodes have another current folder, other disks, and perhaps no way to the network.
+`initial_weights` is `random`, `timm` (the encoder's own pretrained weights), `timm:NAME`, `function` (the weights that a
+user's own encoder comes with, see networks/own.py), or a file: a URI, an absolute path, or a relative one, which is taken from
+the current folder if the file is there and else from the store. Only the driver looks: workers on other nodes have another
+current folder, other disks, and perhaps no way to the network.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medssl.artifacts import digest_json, folder
 from medssl.errors import DataError, RecipeError
@@ -20,8 +21,13 @@ from medssl.recipe import Arm, Recipe
 from medssl.stages.specs import Spec
 from medssl.store import Store
 
+if TYPE_CHECKING:
+    from torch import nn
+
 STAGED = "initial.safetensors"
 """File in the artifact's folder with the fitted weights while the artifact is being made."""
+FUNCTION = "function"
+"""Value of `initial_weights` that keeps the weights of a user's own encoder."""
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".tar", ".bin")
 
 
@@ -43,7 +49,8 @@ def facts_of(given: GivenWeights | None) -> dict[str, Any]:
 def weights_digests(recipe: Recipe, store: Store) -> dict[str, str]:
     """Digest of the weights that arms start from, by the arm's name; random ones have none.
 
-    Of a file its SHA-256; of timm's weights one of their name and place, so that planning downloads nothing.
+    Of a file its SHA-256; of timm's weights one of their name and place, so that planning downloads nothing; of a user's own
+    encoder one of the weights that its function gives.
 
     Raises:
         MedsslError: the file or timm's weights do not exist.
@@ -80,6 +87,8 @@ def _stage(arm: Arm, encoder: EncoderParams, seed: int, spec: Spec, store: Store
             source, licence = f"timm:{found.name}", found.licence
             if found.channels != encoder.channels:
                 note = f"; timm fitted the first convolution from {found.channels} to {encoder.channels} channel(s)"
+        elif given == FUNCTION:
+            tensors, source = dict(_of_function(encoder).state_dict()), encoder.name
         else:
             data, source = _read(given, store), given
             if hashlib.sha256(data).hexdigest() != spec.inputs["initial_weights"]:
@@ -98,12 +107,28 @@ def _stage(arm: Arm, encoder: EncoderParams, seed: int, spec: Spec, store: Store
 
 
 def _digest(given: str, encoder: EncoderParams, store: Store) -> str:
+    if given == FUNCTION:
+        from medssl.networks.encoder import save_weights
+
+        return hashlib.sha256(save_weights(_of_function(encoder))).hexdigest()
     if not _is_timm(given):
         return hashlib.sha256(_read(given, store)).hexdigest()
     from medssl.networks.weights import find_timm
 
     found = find_timm(given, encoder)
     return digest_json({"timm": found.name, "place": found.place})
+
+
+def _of_function(encoder: EncoderParams) -> nn.Module:
+    from medssl.networks.encoder import build_encoder
+    from medssl.networks.own import is_own
+
+    if not is_own(encoder.name):
+        raise RecipeError(
+            f"initial_weights 'function': encoder {encoder.name} is no function of yours (package.module:function): give "
+            "`random`, `timm`, `timm:NAME` or a file"
+        )
+    return build_encoder(encoder, 0)
 
 
 def _is_timm(given: str) -> bool:
@@ -114,6 +139,7 @@ def _read(given: str, store: Store) -> bytes:
     """The file's bytes."""
     if not given.startswith(("http://", "https://")) and not given.endswith(SUFFIXES):
         choices = ", ".join(SUFFIXES)
-        raise RecipeError(f"initial_weights '{given}': give `random`, `timm`, `timm:NAME`, or a file that ends in {choices}")
+        known = "`random`, `timm`, `timm:NAME`, `function`"
+        raise RecipeError(f"initial_weights '{given}': give {known}, or a file that ends in {choices}")
     return read_given(given, store, f"initial_weights '{given}'")
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from medssl.artifacts import Marker, artifact_name, digest_json
 from medssl.datasets.draws import label_draw
 from medssl.mixes import seen_elsewhere
-from medssl.networks.own import is_own, source_digest
 from medssl.protocols import Probe, Protocol
 from medssl.recipe import Arm, Recipe
 from medssl.shifted import ShiftedSet, shifted_set
@@ -95,6 +94,8 @@ class Specs:
     """Digest of the weights that arms start from, by the arm's name."""
     others: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     """Indexes of the further datasets of mixes and shifted sets, by their names in the recipe."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the source file of users' own encoders, by the encoder's name."""
 
     def pretraining_seeds(self, arm: Arm, protocol: Protocol | None = None) -> range:
         """Seeds of an arm; one for features without chance."""
@@ -283,7 +284,7 @@ class Specs:
     def _architecture(self, arm: Arm) -> dict[str, Any]:
         """The encoder's parameters; of a user's own network also the digest of its source."""
         params = self.recipe.encoder_of(arm)
-        return params.canonical() | ({"source": source_digest(params.name)} if is_own(params.name) else {})
+        return params.canonical() | ({"source": self.sources[params.name]} if params.name in self.sources else {})
 
     def _decoding(self) -> dict[str, Any]:
         return asdict(self.recipe.decoding)
