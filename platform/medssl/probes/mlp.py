@@ -39,6 +39,11 @@ class MlpProbeParams(HeadTraining):
     """What step multiplies the learning rate with at each drop."""
 
 
+_CACHED = 2**20
+"""Bytes of first-layer weights in one pack on a CPU. One thread, 24 heads of 512 x 512: 0.99 s one by one, 1.77 s all at once; of
+128 x 512: 0.34 s one by one, 0.26 s by fours, 0.39 s all at once."""
+
+
 class MlpHeads(NamedTuple):
     """Trained heads for the features as given: logits = relu(features @ hidden^T + bias) @ out^T + bias."""
 
@@ -60,11 +65,30 @@ def train_mlp_heads(
     bank_PNE: Tensor | None = None,
     order_seed: int = 0,
 ) -> MlpHeads:
-    """Trains one head per seed, all together; see :func:`medssl.probes.linear.train_linear_heads` for the arguments and errors.
+    """Trains one head per seed; see :func:`medssl.probes.linear.train_linear_heads` for the arguments and errors.
 
     The loss is the class-weighted cross-entropy averaged over the batch plus `weight_decay / 2` times the squared weights of
-    both layers. The gradient is written out, as for the linear probe.
+    both layers. The gradient is written out, as for the linear probe. On a GPU all heads train together; on a CPU in packs whose
+    weights stay in its cache, since a step moves every weight. A head comes out the same in any pack.
     """
+    values = [per_head(value, len(seeds), torch.device("cpu")).tolist() for value in (learning_rate, weight_decay)]
+    size = len(seeds)
+    if features_NE.device.type == "cpu" and seeds:
+        size = max(1, _CACHED // (4 * params.hidden * features_NE.shape[-1]))
+    packs = [
+        _train_pack(
+            features_NE, labels_N, classes, seeds[i : i + size], params, values[0][i : i + size], values[1][i : i + size],
+            bank_PNE, order_seed,
+        )
+        for i in range(0, max(len(seeds), 1), max(size, 1))
+    ]  # fmt: skip
+    return MlpHeads(*(torch.cat(parts) for parts in zip(*packs, strict=True)))
+
+
+def _train_pack(
+    features_NE: Tensor, labels_N: Tensor, classes: int, seeds: Sequence[int], params: MlpProbeParams,
+    learning_rate: Sequence[float], weight_decay: Sequence[float], bank_PNE: Tensor | None, order_seed: int,
+) -> MlpHeads:  # fmt: skip
     lesson = Lesson(features_NE, labels_N, classes, seeds, params, bank_PNE, order_seed)
     rates_S, decays_S = (per_head(value, len(seeds), lesson.device) for value in (learning_rate, weight_decay))
     heads = _initial(seeds, features_NE.shape[1], params.hidden, classes, lesson.device)
