@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from medssl.artifacts import folder
+from medssl.artifacts import Marker, folder
 from medssl.errors import MedsslError, RecipeError
 from medssl.networks.encoder import build_encoder, save_weights
 from medssl.protocols import FineTune, LinearProbe, MlpProbe, Search
@@ -22,6 +22,9 @@ from medssl.recipe import Compute, Recipe
 from medssl.stages import evaluate
 from medssl.stages.context import Context, Opened
 from medssl.stages.halving import Halving, Outcome, Outcomes
+from medssl.stages.report_data import ReportData
+from medssl.stages.report_facts import searches
+from medssl.stages.report_grids import search_grids
 from medssl.stages.search import Objective, OnEpoch, search
 from medssl.stages.specs import Spec, Specs
 from medssl.store import Store, open_store
@@ -30,6 +33,12 @@ from medssl.training.feed import ResidentImages
 ASHA = Search(scheduler="asha", learning_rate=(0.001, 0.01, 0.1), weight_decay=(0.0, 0.01))
 ONE_AT_A_TIME = Compute(concurrent_trials=1)
 EPOCHS = 5
+RECIPE = {
+    "study": "s", "dataset": "d", "encoder": {"name": "test_resnet", "image_px": 32}, "arms": [{"name": "random"}],
+    "repeats": {"pretraining_seeds": 1, "label_draws": 1, "labels": 24},
+    "protocols": [{"name": "tune", "kind": "fine_tune", "training": {"epochs": 3, "batch_size": 12},
+                   "search": {"scheduler": "asha", "learning_rate": [0.001, 0.01], "head_seeds": 2}}],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -189,16 +198,28 @@ def test_tpe_with_asha_resumes_to_the_same(ray_session: Any, store: Store, tmp_p
     assert set(epochs(tmp_path)) == {key(first.best), key(first.stopped[0])}
 
 
+# -- the report ----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_strikes_stopped_points_through() -> None:
+    points = [{"learning_rate": rate, "weight_decay": decay, "score": 0.5} for rate in (0.01, 0.1) for decay in (0.0, 0.1)]
+    arm = Recipe.model_validate({**RECIPE, "arms": [{"name": "random"}]}).arms[0]
+    panels = []
+    for stopped in (0, 2):
+        marked = [*points[: 4 - stopped], *({**point, "stopped": True} for point in points[4 - stopped :])]
+        marker = Marker("search-0", "search", 1, {}, {}, {}, {"best": points[0], "on_edge": True, "points": marked})
+        figure = search_grids(ReportData(searches=searches([(arm, FineTune(name="tune"), marker)])))
+        assert figure is not None and ("struck through" in figure.caption) == bool(stopped)
+        panels.append(str(figure.panels[0]))
+        assert panels[-1].count("stopped before its end") == stopped
+    assert panels[1].count("<path") == panels[0].count("<path") + 2
+
+
 # -- a fine-tuning -------------------------------------------------------------------------------------------------
 
 
 def test_a_fine_tuning_tells_the_validation_score_after_each_epoch(store: Store, tmp_path: Path) -> None:
-    recipe = Recipe.model_validate({
-        "study": "s", "dataset": "d", "encoder": {"name": "test_resnet", "image_px": 32}, "arms": [{"name": "random"}],
-        "repeats": {"pretraining_seeds": 1, "label_draws": 1, "labels": 24},
-        "protocols": [{"name": "tune", "kind": "fine_tune", "training": {"epochs": 3, "batch_size": 12},
-                       "search": {"scheduler": "asha", "learning_rate": [0.001, 0.01], "head_seeds": 2}}],
-    })  # fmt: skip
+    recipe = Recipe.model_validate(RECIPE)
     rng = np.random.default_rng(0)
     index = pd.DataFrame({
         "image_id": [f"i{n:02d}" for n in range(48)], "sha256": [f"h{n}" for n in range(48)], "label": ["a", "b"] * 24,
