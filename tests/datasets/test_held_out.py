@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medssl.datasets.card import Provenance, build_card
 from medssl.datasets.held_out import HeldOut, held_out_rows, held_out_splits, remaining_shares
 from medssl.datasets.leakage import audit_leakage
 from medssl.datasets.rowset import build_rows
 from medssl.errors import DataError
 from medssl.stages.ingest import IngestOptions, _complete_splits, _held_out_facts
+from medssl.stages.inspect import _splits_line
 
 SITES = ["A", "B", "C"]
 
@@ -68,6 +71,17 @@ def test_images_without_a_value_are_among_the_others_and_counted() -> None:
     splits, _, _ = completed(rows)
     assert [n for n, split in enumerate(splits) if split == "test"] == [0, 4]
     assert _held_out_facts(rows, HeldOut("site", "A")) == {"column": "site", "value": "A", "without": 2}
+
+
+def test_the_card_says_what_was_held_out() -> None:
+    held = HeldOut("site", "A")
+    made, leakage, shares = _complete_splits(rows_of(["A", "B", "C", None] * 3), IngestOptions(held_out=held))
+    index = made.append_column("sha256", pa.array([str(n) for n in range(len(made))]))
+    record = Provenance("d", "", False, 0, shares, leakage, False, held_out=_held_out_facts(made, held))
+    card = build_card(index, [], "index", "0", record)
+    assert card["held_out"] == {"column": "site", "value": "A", "without": 3} and card["splits"]["test"] == 3
+    assert "splits: test is site=A; the others, 3 without site among them, made at ingest from seed 0" in _splits_line(card)
+    assert "held_out" not in build_card(index, [], "index", "0", replace(record, held_out=None))
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,8 @@ def test_weak_points_are_stopped_and_an_interrupted_search_repeats_none(ray_sess
     trained = [at for at in scores if at not in stopped]
     assert stopped and found.score == max(scores[at] for at in trained) and key(found.best) in trained
     for at, score in scores.items():
-        lasted = EPOCHS if at in trained else next(e for e in (1, 3) if score == hill(dict(zip(found.best, at)), e))  # noqa: B905
+        point = {"learning_rate": at[0], "weight_decay": at[1]}
+        lasted = EPOCHS if at in trained else next(rung for rung in (1, 3) if score == hill(point, rung))
         assert at in kept or epochs(tmp_path).count(at) == lasted
     (tmp_path / "epochs.jsonl").unlink()
     assert go() == found and epochs(tmp_path) == []
@@ -208,7 +209,7 @@ def test_the_report_strikes_stopped_points_through() -> None:
     for stopped in (0, 2):
         marked = [*points[: 4 - stopped], *({**point, "stopped": True} for point in points[4 - stopped :])]
         marker = Marker("search-0", "search", 1, {}, {}, {}, {"best": points[0], "on_edge": True, "points": marked})
-        figure = search_grids(ReportData(searches=searches([(arm, FineTune(name="tune"), marker)])))
+        figure = search_grids(ReportData("s", searches=searches([(arm, FineTune(name="tune"), marker)])))
         assert figure is not None and ("struck through" in figure.caption) == bool(stopped)
         panels.append(str(figure.panels[0]))
         assert panels[-1].count("stopped before its end") == stopped
