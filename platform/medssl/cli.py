@@ -112,6 +112,7 @@ def _add_ingest(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--drop", action="append", default=[], metavar="COLUMN", help="leave a column of the table out")
     sub.add_argument("--licence", default="", help="licence text for the dataset card")
     sub.add_argument("--seed", type=int, default=0, help="seed of missing splits (default: 0)")
+    sub.add_argument("--held-out", metavar="COLUMN=VALUE", help="make the images of one site (device, ...) the test split")
     sub.add_argument("--allow-leakage", action="store_true", help="take a split with a patient on two sides, and record it")
     sub.add_argument("--pseudonymise", action="store_true", help="replace patient ids by keyed hashes")
     sub.add_argument("--key-file", help="file with the key of --pseudonymise (default: the environment's MEDSSL_PSEUDONYM_KEY)")
@@ -217,6 +218,7 @@ def _quickstart(arguments: argparse.Namespace) -> int:
 
 def _ingest(arguments: argparse.Namespace) -> int:
     from medssl.console import Console
+    from medssl.datasets.held_out import HeldOut
     from medssl.datasets.pseudonyms import read_key
     from medssl.datasets.table import TableColumns
     from medssl.stages.ingest import IngestOptions, ingest
@@ -232,6 +234,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
         drop=tuple(arguments.drop),
         licence=arguments.licence,
         seed=arguments.seed,
+        held_out=HeldOut.parse(arguments.held_out) if arguments.held_out is not None else None,
         allow_leakage=arguments.allow_leakage,
         pseudonym_key=read_key(arguments.key_file) if arguments.pseudonymise else None,
         reject_limit=arguments.reject_limit,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medssl.errors import nearest
 from medssl.metrics import LOWER_IS_BETTER, SCORES
@@ -17,6 +17,8 @@ from medssl.views import ViewParams
 
 NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 """Pattern of the names that users give."""
+
+_HALVING = ("grace_epochs", "reduction_factor")
 
 
 def check_metric(name: str) -> None:
@@ -43,6 +45,14 @@ class Search(Params):
     """Metric on the validation split that is maximised."""
     head_seeds: int = Field(3, ge=1)
     """Head seeds whose mean score is a point's score."""
+    scheduler: Literal["none", "asha"] = "none"
+    """none: every point is trained to its end. asha: asynchronous successive halving (Li et al., 2020) stops the weak ones of a
+    fine-tuning between epochs, by the validation score of the first head seed; only points trained to their end with all head
+    seeds can be chosen. Which points are stopped also depends on which trial was faster; what was stopped stays so."""
+    grace_epochs: int = Field(1, ge=1)
+    """Epochs, after the head's own, before asha may stop a point."""
+    reduction_factor: int = Field(3, ge=2)
+    """asha lets about one in so many points go on, after grace_epochs times each power of it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Search:
@@ -54,7 +64,17 @@ class Search(Params):
             raise ValueError("learning rates must be above 0 and weight decays 0 or more")
         if (self.sampler == "tpe") != (self.trials is not None):
             raise ValueError("trials is needed for sampler tpe and refused for grid")
+        halving = {name: getattr(self, name) for name in _HALVING}
+        if self.scheduler == "none" and halving != {name: type(self).model_fields[name].default for name in _HALVING}:
+            raise ValueError(f"{' and '.join(_HALVING)} belong to scheduler asha: set it, or leave them out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A search without scheduler is named as it was before there were schedulers."""
+        fields: dict[str, Any] = handler(self)
+        idle = ("scheduler", *_HALVING) if self.scheduler == "none" else ()
+        return {name: value for name, value in fields.items() if name not in idle}
 
     @property
     def needed(self) -> bool:
@@ -86,6 +106,16 @@ class ProtocolBase(Params):
     it."""
     search: Search = Search()
     """Search space of learning rate and weight decay."""
+
+    @model_validator(mode="after")
+    def _stops_between_epochs(self) -> ProtocolBase:
+        kind = getattr(self, "kind", None)
+        if self.search.scheduler == "asha" and kind != "fine_tune":
+            raise ValueError(
+                f"protocol '{self.name}': scheduler asha stops trainings between epochs, and the heads of a {kind} train in one "
+                "pass: set it to none"
+            )
+        return self
 
     @property
     def fixed_point(self) -> dict[str, float] | None:
@@ -147,6 +177,11 @@ class FineTune(ProtocolBase):
         if self.training.learning_rate_finder and (self.search.sampler == "tpe" or len(set(self.search.learning_rate)) > 1):
             raise ValueError(
                 f"protocol '{self.name}': the learning-rate finder picks each seed's rate: give search.learning_rate one value"
+            )
+        epochs, grace = self.training.epochs, self.search.grace_epochs
+        if self.search.scheduler == "asha" and epochs is not None and grace >= epochs:
+            raise ValueError(
+                f"protocol '{self.name}': asha stops nothing in {epochs} epochs with {grace} grace_epochs: give fewer"
             )
         return self
 

@@ -111,8 +111,8 @@ def fake_searches() -> pd.DataFrame:
             points = [(10 ** rng.uniform(-4, -2), 10 ** rng.uniform(-6, -3), rng.uniform(0.3, 0.45)) for _ in range(12)]
         best = max(range(len(points)), key=lambda i, p=points: p[i][2])
         edge = arm == "random" and protocol == "fine_tune"
-        rows += [(arm, protocol, *p, i == best, edge and i == best) for i, p in enumerate(points)]
-    columns = ["arm", "protocol", "learning_rate", "weight_decay", "score", "best", "on_edge"]
+        rows += [(arm, protocol, *p, i == best, edge and i == best, False) for i, p in enumerate(points)]
+    columns = ["arm", "protocol", "learning_rate", "weight_decay", "score", "best", "on_edge", "stopped"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ResidentImages:
     return ResidentImages.write(tmp_path_factory.mktemp("resident") / "digest", pixels, [f"image-{i:02d}" for i in range(60)])
 
 
-def tuned(images: ResidentImages, rate: float = 1e-3, *, validation: bool = False, **fields: Any) -> FineTuned:
+def tuned(
+    images: ResidentImages, rate: float = 1e-3, *, validation: bool = False,
+    after_epoch: Callable[[int, FineTuned], None] | None = None, **fields: Any,
+) -> FineTuned:  # fmt: skip
     params = FineTuneParams(**{"epochs": 3, "batch_size": 20, **fields})
     judged = Labels(VALIDATION, LABELS[VALIDATION]) if validation else None
     weights = save_weights(build_encoder(ENCODER, 0))
     return finetune(
-        weights, ENCODER, images, TRAIN, LABELS[TRAIN], 3, params, learning_rate=rate, seed=4, validation=judged
+        weights, ENCODER, images, TRAIN, LABELS[TRAIN], 3, params, learning_rate=rate, seed=4, validation=judged,
+        after_epoch=after_epoch,
     )  # fmt: skip
 
 
@@ -61,6 +66,18 @@ def test_steps_and_epochs_say_the_same(images: ResidentImages) -> None:
     cut = tuned(images, schedule=CONSTANT, epochs=None, steps=5)
     assert len(cut.history) == 4 and cut.weights() != by_steps.weights()
     assert FineTuneParams(epochs=None, steps=30_000, batch_size=256).steps_for(1000) == (4, 30_000)
+
+
+def test_who_looks_on_after_each_epoch_changes_nothing(images: ResidentImages) -> None:
+    seen: list[tuple[int, bytes]] = []
+
+    def look(epoch: int, network: FineTuned) -> None:
+        network.predict(images, VALIDATION)
+        seen.append((epoch, network.weights()))
+
+    watched = tuned(images, after_epoch=look, head_only_epochs=2)
+    assert watched.weights() == tuned(images, head_only_epochs=2).weights() == seen[-1][1]
+    assert [epoch for epoch, _ in seen] == [1, 2, 3] and len({weights for _, weights in seen}) == 3
 
 
 def test_the_schedule_is_the_recipes(images: ResidentImages) -> None:

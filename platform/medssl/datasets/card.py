@@ -37,6 +37,8 @@ class Provenance:
     pseudonymised_columns: list[str] = field(default_factory=list)
     rejected: int = 0
     rejected_list: str | None = None
+    held_out: dict[str, Any] | None = None
+    """Where one value of a column is the test split: column, value, and how many images are without a value."""
 
 
 def build_card(
@@ -71,6 +73,7 @@ def build_card(
         "duplicates_across_splits": _duplicates_across_splits(columns),
         "split_seed": provenance.split_seed,
         "split_shares": provenance.split_shares,
+        **({"held_out": provenance.held_out} if provenance.held_out is not None else {}),
         "leakage": {
             "allowed": provenance.leakage_allowed, "patients": len(leakage.patients), "bags": len(leakage.bags),
         },

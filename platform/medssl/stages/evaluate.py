@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -30,11 +30,13 @@ from medssl.protocols import FineTune, Probe, Protocol
 from medssl.recipe import Arm, Compute, Recipe
 from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress
-from medssl.stages.search import fan_out, search
+from medssl.stages.search import OnEpoch, fan_out, search
 from medssl.stages.specs import VALIDATION, Spec
 from medssl.store import open_store
+from medssl.training.finetune import FineTuned
 
 _WRITERS = 8
+AfterEpoch = Callable[[int, FineTuned], None]
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ def run_search(task: SearchTask, compute: Compute, on_progress: OnProgress | Non
     arm, protocol = _named(opened.recipe, task.arm, task.protocol)
     found = search(
         _Score(task), protocol.search, store=folder(opened.store, task.spec.name), name=task.spec.name, compute=compute,
-        on_progress=on_progress,
+        epochs=_epochs(opened, protocol), on_progress=on_progress,
     )  # fmt: skip
-    points = [{**point, "score": score} for point, score in found.points]
+    points = [
+        {**point, "score": score, **({"stopped": True} if point in found.stopped else {})} for point, score in found.points
+    ]
     facts = {
         "best": dict(found.best),
         "score": found.score,
@@ -99,21 +103,34 @@ def run_search(task: SearchTask, compute: Compute, on_progress: OnProgress | Non
     )  # fmt: skip
 
 
+def _epochs(opened: Opened, protocol: Protocol) -> int | None:
+    """Epochs of a fine-tuning after the head's own."""
+    if protocol.kind != "fine_tune":
+        return None
+    per_epoch, steps = protocol.training.steps_for(len(opened.specs.draw(0, protocol)))
+    return -(-steps // per_epoch)
+
+
 class _Score:
     """The validation score of one point; called in a trial."""
 
     def __init__(self, task: SearchTask) -> None:
         self.task = task
 
-    def __call__(self, point: Mapping[str, float]) -> float:
-        """Mean score over the search's head seeds."""
+    def __call__(self, point: Mapping[str, float], on_epoch: OnEpoch | None = None) -> float:
+        """Mean score over the search's head seeds; `on_epoch` is told the first one's after each epoch of a fine-tuning."""
         opened = self.task.context.open()
         arm, protocol = _named(opened.recipe, self.task.arm, self.task.protocol)
         rows = _judged_rows(opened, "search")
         seeds = range(protocol.search.head_seeds)
-        fitted = _fit(opened, arm, protocol, 0, self.task.features, seeds, point, rows)
         labels = opened.specs.labels(rows)
         metric = SCORES[protocol.search.metric]
+
+        def after_epoch(epoch: int, tuned: FineTuned) -> None:
+            assert on_epoch is not None
+            on_epoch(epoch, float(metric(tuned.predict(opened.images, rows).astype(np.float64), labels, None)))
+
+        fitted = _fit(opened, arm, protocol, 0, self.task.features, seeds, point, rows, after_epoch if on_epoch else None)
         return float(np.mean([metric(p.astype(np.float64), labels, None) for p in fitted.probabilities_SNK]))
 
 
@@ -166,14 +183,14 @@ def _judged_rows(opened: Opened, purpose: Literal["search", "evaluate"]) -> NDAr
 
 def _fit(
     opened: Opened, arm: Arm, protocol: Protocol, draw: int, features: str, seeds: Sequence[int], point: Mapping[str, float],
-    judged: NDArray[np.int64],
+    judged: NDArray[np.int64], after_epoch: AfterEpoch | None = None,
 ) -> Fitted:  # fmt: skip
     rows = opened.specs.draw(draw, protocol)
     if np.intersect1d(rows, judged).size:
         raise DataError("images to train on are among those to be judged: the dataset's splits overlap")
     if protocol.kind != "fine_tune":
         return _fit_probe(opened, protocol, rows, features, seeds, point, judged)
-    return _fit_network(opened, arm, protocol, rows, features, seeds, point, judged)
+    return _fit_network(opened, arm, protocol, rows, features, seeds, point, judged, after_epoch)
 
 
 def _fit_probe(
@@ -197,7 +214,7 @@ def _fit_probe(
 
 def _fit_network(
     opened: Opened, arm: Arm, protocol: FineTune, rows: NDArray[np.int64], encoder: str, seeds: Sequence[int],
-    point: Mapping[str, float], judged: NDArray[np.int64],
+    point: Mapping[str, float], judged: NDArray[np.int64], after_epoch: AfterEpoch | None = None,
 ) -> Fitted:  # fmt: skip
     from medssl.training.finetune import finetune
     from medssl.training.labelled import Labels
@@ -211,6 +228,7 @@ def _fit_network(
             weights, opened.recipe.encoder_of(arm), opened.images, rows, opened.specs.labels(rows), len(opened.specs.classes),
             protocol.training, learning_rate=point["learning_rate"], weight_decay=point["weight_decay"], seed=seed, device=device,
             validation=Labels(validation, opened.specs.labels(validation)),
+            after_epoch=after_epoch if seed == seeds[0] else None,
         )  # fmt: skip
         training.append(tuned.facts())
         probabilities.append(tuned.predict(opened.images, judged))

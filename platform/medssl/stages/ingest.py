@@ -27,8 +27,9 @@ import pyarrow.parquet as pq
 from medssl.datasets.card import CARD, Provenance, build_card
 from medssl.datasets.dataset import read_card
 from medssl.datasets.folder import read_folder
+from medssl.datasets.held_out import HeldOut, audit_held_out, held_out_rows, held_out_splits, remaining_shares
 from medssl.datasets.leakage import Leakage, audit_leakage, check_bags
-from medssl.datasets.pseudonyms import pseudonymise
+from medssl.datasets.pseudonyms import pseudonym, pseudonymise
 from medssl.datasets.rowset import sorted_by_id
 from medssl.datasets.shards import SHARDS, Rejected, ShardResult, index_schema, write_shard
 from medssl.datasets.splits import DEFAULT_SHARES, check_shares, group_numbers, make_splits
@@ -86,6 +87,9 @@ class IngestResult:
             lines.append(
                 f"{card['unknown_patients']:,} images have no patient id: each is taken for a patient of its own"
             )
+        if held := card.get("held_out"):
+            name, value, without = held["column"], held["value"], held["without"]
+            lines.append(f"test is {name}={value}; {without:,} images without {name} are among the others")
         if self.leakage:
             lines.append(f"WARNING, allowed by you: {self.leakage.describe()}")
         if card["duplicates_across_splits"]:
@@ -118,8 +122,10 @@ class IngestOptions:
     """Seed of the splits that the source does not give."""
     shares: Mapping[str, float] | None = None
     """Share of images by split, for those; `datasets.splits.DEFAULT_SHARES` when None."""
+    held_out: HeldOut | None = None
+    """Makes the images of one value of a column the test split, and splits the others into train and val."""
     allow_leakage: bool = False
-    """Take given splits with a patient or bag on two sides, and record it."""
+    """Take given splits, or a held-out value, with a patient or bag on two sides, and record it."""
     pseudonym_key: bytes | None = field(default=None, repr=False)
     """Replace identifiers by keyed hashes; from `datasets.pseudonyms.read_key`."""
     reject_limit: float = 0.05
@@ -159,21 +165,25 @@ def ingest(
         raise DataError(f"reject limit is {options.reject_limit:g}: give a share between 0 and 1")
     if options.shard_rows < 1:
         raise DataError(f"shard_rows is {options.shard_rows}: give 1 or more")
-    rows, leakage, made = _complete_splits(_read_source(str(source), options), options)
+    rows, leakage, shares = _complete_splits(_read_source(str(source), options), options)
+    held_out = _held_out_facts(rows, options.held_out)
     replaced: list[str] = []
     if options.pseudonym_key is not None:
         rows, replaced = pseudonymise(rows, options.pseudonym_key)
         rows = sorted_by_id(rows)
+        if held_out is not None and held_out["column"] in replaced:
+            held_out["value"] = pseudonym(options.pseudonym_key, held_out["value"])
     store = open_for_writing(target)
     provenance = Provenance(
         name=options.name or posixpath.basename(store.uri.rstrip("/")),
         licence=options.licence,
         synthetic=options.synthetic,
-        split_seed=options.seed if made else None,
-        split_shares=check_shares(options.shares or DEFAULT_SHARES) if made else None,
+        split_seed=options.seed if shares is not None else None,
+        split_shares=shares,
         leakage=leakage,
         leakage_allowed=bool(leakage),
         pseudonymised_columns=replaced,
+        held_out=held_out,
     )
     with lease(store, "ingest", on_wait=on_wait) as held, connected(cpus=1, address=address):
         read_card(store)  # refuses to replace what is no dataset before any work is done
@@ -194,21 +204,32 @@ def _read_source(source: str, options: IngestOptions) -> pa.Table:
     return read_folder(source)
 
 
-def _complete_splits(rows: pa.Table, options: IngestOptions) -> tuple[pa.Table, Leakage, bool]:
-    """Rows with a split each, what leaks in the given ones, and whether any had to be made."""
+def _complete_splits(rows: pa.Table, options: IngestOptions) -> tuple[pa.Table, Leakage, dict[str, float] | None]:
+    """Rows with a split each, what leaks in those that are given or held out, and the shares of those that were made."""
     patients, bags, given = (rows[column].to_pylist() for column in ("patient_id", "bag_id", "split"))
     check_bags(patients, bags)
-    leakage = audit_leakage(patients, bags, given)
+    held = held_out_rows(rows, options.held_out) if options.held_out is not None else None
+    leakage = audit_leakage(patients, bags, given) if held is None else audit_held_out(patients, bags, held)
     if leakage and not options.allow_leakage:
         raise DataError(f"{leakage.describe()}: mend the split, or pass --allow-leakage to record it and go on")
     if None not in given:
-        return rows, leakage, False
+        return rows, leakage, None
     ids, labels = rows["image_id"].to_pylist(), rows["labels"].to_pylist()
     names = [patient or bag or image for patient, bag, image in zip(patients, bags, ids, strict=True)]
     strata = ["\0".join(each) or None for each in labels]
-    groups = group_numbers(patients, bags)
-    splits = make_splits(groups, names, strata, given, seed=options.seed, shares=options.shares)
-    return rows.set_column(rows.schema.get_field_index("split"), "split", pa.array(splits, pa.string())), leakage, True
+    if held is not None:
+        shares = remaining_shares(options.shares)
+        splits = held_out_splits(patients, bags, names, strata, held, seed=options.seed, shares=options.shares)
+        leakage = audit_leakage(patients, bags, splits)
+    else:
+        shares = check_shares(options.shares or DEFAULT_SHARES)
+        splits = make_splits(group_numbers(patients, bags), names, strata, given, seed=options.seed, shares=shares)
+    return rows.set_column(rows.schema.get_field_index("split"), "split", pa.array(splits, pa.string())), leakage, shares
+
+
+def _held_out_facts(rows: pa.Table, held: HeldOut | None) -> dict[str, Any] | None:
+    """What the card says of a held-out value."""
+    return None if held is None else {**asdict(held), "without": rows[held.column].null_count}
 
 
 # ------------------------------------------------------------------------------------------------------------- Ray Data

@@ -121,6 +121,9 @@ def render_text(facts: dict[str, Any]) -> str:
 
 def _splits_line(card: dict[str, Any]) -> str:
     made = "given by the user" if card["split_seed"] is None else f"made at ingest from seed {card['split_seed']}"
+    if held := card.get("held_out"):
+        name, value, without = held["column"], held["value"], held["without"]
+        made = f"test is {name}={value}; the others, {without:,} without {name} among them, {made}"
     leak = card["leakage"]
     if leak["allowed"]:
         found = f"{leak['patients']} patients and {leak['bags']} bags in more than one split"

@@ -32,7 +32,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "better", "than", "protocol", "metric", "difference", "low", "high", "p", "test",
         "p_holm", "effect_size", "margin", "planned",
     ),
-    "searches": ("arm", "protocol", "learning_rate", "weight_decay", "score", "best", "on_edge"),
+    "searches": ("arm", "protocol", "learning_rate", "weight_decay", "score", "best", "on_edge", "stopped"),
     "class_scores": (
         "arm", "protocol", "class", "images", "precision", "recall", "f1", "auc", "average_precision", "sensitivity",
     ),

@@ -171,6 +171,7 @@ def searches(found: Iterable[tuple[Arm, Protocol, Marker | None]]) -> pd.DataFra
                     point["score"],
                     chosen,
                     chosen and edge,
+                    bool(point.get("stopped", False)),
                 )
             )
     return pd.DataFrame(records, columns=list(COLUMNS["searches"]))

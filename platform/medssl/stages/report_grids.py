@@ -13,7 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from medssl.stages import report_svg as svg
-from medssl.stages.report_data import Confusion, ReportData, arm_order, protocol_order
+from medssl.stages.report_data import Confusion, ReportData, arm_order, complete, protocol_order
 from medssl.stages.report_page import Figure
 from medssl.stages.report_text import as_float, metric_title, number3, title_of
 
@@ -24,9 +24,10 @@ _MATRIX_CELLS, _MATRIX_CLASSES = 6_000, 40
 
 def search_grids(data: ReportData) -> Figure | None:
     """The searches: a grid of learning rate by weight decay where the points fill one, else a scatter of the points."""
-    frame = data.searches
+    frame = complete(data.searches, "searches")
     if frame.empty:
         return None
+    frame["stopped"] = frame["stopped"].eq(True)
     panels = []
     for protocol in dict.fromkeys(str(p) for p in frame["protocol"]):
         for arm in arm_order(data) + sorted({str(a) for a in frame["arm"]} - set(arm_order(data))):
@@ -37,6 +38,8 @@ def search_grids(data: ReportData) -> Figure | None:
         f"Search over learning rate and weight decay: {metric_title(data.search_metric)} on the validation split; "
         "darker is higher within its panel. The framed point is the one used. Test images played no part in it."
     )
+    if frame["stopped"].any():
+        caption += " A point that is struck through was stopped before its end: its score is the last that it had."
     return Figure(caption, panels)
 
 
@@ -47,11 +50,12 @@ def _search_panel(part: pd.DataFrame, title: str) -> Markup:
         scores.setdefault(place, []).append(as_float(score))
     means = {place: float(np.mean(found)) for place, found in sorted(scores.items())}
     best = {place for place, chosen in zip(places, part["best"], strict=True) if chosen}
+    stopped = {place for place, early in zip(places, part["stopped"], strict=True) if early}
     rates, decays = sorted({r for _, r in places}), sorted({d for d, _ in places})
     known = [v for v in means.values() if math.isfinite(v)]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     shades = {k: 0.08 + 0.84 * ((v - low) / (high - low) if high > low else 0.5) for k, v in means.items()}
-    points = _Points(means, shades, best, rates, decays)
+    points = _Points(means, shades, best, stopped, rates, decays)
     grid = len(means) >= 0.5 * len(rates) * len(decays) and len(rates) <= 12 and len(decays) <= 12
     draw = _search_grid if grid else _search_scatter
     return draw(title, points)
@@ -59,13 +63,19 @@ def _search_panel(part: pd.DataFrame, title: str) -> Markup:
 
 @dataclass(frozen=True)
 class _Points:
-    """The points of one search by (weight decay, learning rate): scores, shades in 0..1, the chosen ones, both axes."""
+    """The points of one search by (weight decay, learning rate): scores, shades in 0..1, chosen and stopped ones, both axes."""
 
     means: Mapping[tuple[float, float], float]
     shades: Mapping[tuple[float, float], float]
     best: set[tuple[float, float]]
+    stopped: set[tuple[float, float]]
     rates: Sequence[float]
     decays: Sequence[float]
+
+    def name(self, place: tuple[float, float]) -> str:
+        """What is read on a point that is pointed at."""
+        early = ", stopped before its end" if place in self.stopped else ""
+        return f"learning rate {svg.short(place[1])}, weight decay {svg.short(place[0])}: {number3(self.means[place])}{early}"
 
 
 def _search_grid(title: str, points: _Points) -> Markup:
@@ -84,8 +94,9 @@ def _search_grid(title: str, points: _Points) -> Markup:
             if score is None:
                 continue
             fill, ink = svg.shade(shades[(decay, rate)] if math.isfinite(score) else 0)
-            name = f"learning rate {svg.short(rate)}, weight decay {svg.short(decay)}: {number3(score)}"
-            panel.rect((x, y, cell, row), fill, "#ffffff", title=name)
+            panel.rect((x, y, cell, row), fill, "#ffffff", title=points.name((decay, rate)))
+            if (decay, rate) in points.stopped:
+                panel.line((x + 3, y + row - 3, x + cell - 3, y + 3), ink)
             if cell >= 34:
                 panel.text(x + cell / 2, y + row / 2 + 4, number3(score), size=11, anchor="middle", fill=ink)
             if (decay, rate) in best:
@@ -118,11 +129,13 @@ def _search_scatter(title: str, points: _Points) -> Markup:
         panel.text(left - 6, ys(floor) + 4, "0", size=11, anchor="end", fill=svg.SOFT)
     panel.x_axis(xs, top, bottom, "learning rate")
     for (decay, rate), score in means.items():
-        fill, _ = svg.shade(shades[(decay, rate)] if math.isfinite(score) else 0)
+        fill, ink = svg.shade(shades[(decay, rate)] if math.isfinite(score) else 0)
         chosen = (decay, rate) in best
-        name = f"learning rate {svg.short(rate)}, weight decay {svg.short(decay)}: {number3(score)}"
         box = (xs(rate) - 6, ys(lift[decay]) - 6, 12.0, 12.0)
-        panel.rect(box, fill, svg.COLOURS[1] if chosen else "#777777", line=3 if chosen else 0.7, title=name)
+        frame, line = (svg.COLOURS[1], 3) if chosen else ("#777777", 0.7)
+        panel.rect(box, fill, frame, line=line, title=points.name((decay, rate)))
+        if (decay, rate) in points.stopped:
+            panel.line((box[0], box[1] + 12, box[0] + 12, box[1]), ink)
         if chosen:
             side = "end" if xs(rate) > width - 70 else "start"
             panel.text(xs(rate) + (-11 if side == "end" else 11), ys(lift[decay]) + 4, number3(score), anchor=side)

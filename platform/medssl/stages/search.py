@@ -1,12 +1,11 @@
 """The search over learning rate and weight decay: Optuna on Ray Tune, judged by a function of a point.
 
 The score of each finished point goes into the store: a search that was interrupted finds them there and does not compute
-them again. Nothing here sees rows or labels.
+them again. With `scheduler: asha` weak points are stopped between epochs (`halving.py`). Nothing here sees rows or labels.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,17 +15,20 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from medssl.artifacts import digest_json
-from medssl.errors import MedsslError, MissingKey, NonFiniteLoss
+from medssl.errors import MedsslError, NonFiniteLoss
 from medssl.protocols import Search
 from medssl.recipe import Compute
+from medssl.stages.halving import Halving, Outcome, Outcomes, Point
 from medssl.stages.progress import OnProgress
 from medssl.stages.trials import Watch, concurrent_trials, fan_out, guarded, run_trials, short_names
-from medssl.store import Store, open_for_writing
+from medssl.store import Store
 
 __all__ = ["Found", "fan_out", "search"]
 
-Point = Mapping[str, float]
-Objective = Callable[[Point], float]
+OnEpoch = Callable[[int, float], None]
+"""Called with the number of an epoch, from 1, and the validation score after it."""
+Objective = Callable[..., float]
+"""Score of a point; with scheduler asha called with an OnEpoch too."""
 
 _TPE_BATCH = 4
 """Points that TPE proposes at a time. It waits for all of them, so that what it proposes next does not depend on which
@@ -43,11 +45,14 @@ class Found:
     points: list[tuple[dict[str, float], float]]
     """Every point (learning_rate, weight_decay) with its score, in the order of the grid, or of their values for tpe."""
     best: dict[str, float]
-    """The point of the highest score; of equals the one with the smaller learning rate, then weight decay."""
+    """The point of the highest score among those that were not stopped; of equals the one with the smaller learning rate, then
+    weight decay."""
     score: float
     on_edge: bool
     """Whether the best lies on the border of the space in a parameter that varies: a wider space may hold a better one.
     A weight decay of 0 is no border."""
+    stopped: tuple[dict[str, float], ...] = ()
+    """Points that the scheduler stopped before their end; their score is the last they had."""
 
 
 def search(
@@ -57,22 +62,27 @@ def search(
     store: Store,
     name: str,
     compute: Compute,
+    epochs: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Found:
     """Tries the points of a space, each once, as Tune trials, and returns all with the best.
 
     Args:
         objective: validation score of a point {"learning_rate", "weight_decay"}; called in a trial, pickled with what it
-            holds. NonFiniteLoss counts as the worst score.
+            holds. NonFiniteLoss counts as the worst score. With scheduler asha it is called with (point, on_epoch), and
+            calls on_epoch(epoch, score) after each; a trial that is stopped does not come back from there.
         space: grid or tpe over learning rate and weight decay.
         store: the artifact's folder; scores of finished points lie there under `trials/`.
         name: name of the search, for Tune and for messages.
         compute: CPUs and GPUs of a trial, and how many run at once.
+        epochs: of a whole training; scheduler asha needs them.
 
     Raises:
         MedsslError: a trial failed; its reason in one line.
+        RecipeError: too few epochs for scheduler asha.
     """
-    scores = _Scores(store.uri)
+    outcomes = Outcomes(store.uri)
+    work = _Work(objective, space, outcomes, epochs)
     store.delete_prefix("tune/")  # what a killed run has left
     if space.sampler == "grid":
         # Whatever order the sampler takes, the points are known: one that is stored costs no trial at all.
@@ -81,69 +91,85 @@ def search(
             for rate in sorted(set(space.learning_rate))
             for decay in sorted(set(space.weight_decay))
         ]
-        if any(scores.read(point) is None for point in wanted):
-            _tune_search(objective, space, scores, store, name, compute, len(wanted), on_progress)
+        if any(outcomes.read(point) is None for point in wanted):
+            _tune_search(work, store, name, compute, len(wanted), on_progress)
     else:
         assert space.trials is not None
-        configs = _tune_search(objective, space, scores, store, name, compute, space.trials, on_progress)
+        configs = _tune_search(work, store, name, compute, space.trials, on_progress)
         unique = {digest_json(point): point for point in map(_point, configs)}
         wanted = sorted(unique.values(), key=lambda point: (point["learning_rate"], point["weight_decay"]))
-    points = [(point, scores.read(point)) for point in wanted]
-    lost = [point for point, score in points if score is None]
+    points = [(point, outcomes.read(point)) for point in wanted]
+    lost = [point for point, outcome in points if outcome is None]
     if lost:
         raise MedsslError(
             f"{name}: {len(lost)} of {len(points)} points have no score, the first is {_shown(lost[0])}: run it again"
         )
-    known = [(point, score) for point, score in points if score is not None]
-    best, score = max(known, key=lambda entry: entry[1])
-    return Found(known, best, score, _on_edge(best, space))
+    known = [(point, outcome) for point, outcome in points if outcome is not None]
+    # The best of a rung always goes on, so at least one point has trained to its end.
+    best, score = max(((point, o.score) for point, o in known if not o.stopped), key=lambda entry: entry[1])
+    stopped = tuple(point for point, o in known if o.stopped)
+    return Found([(point, o.score) for point, o in known], best, score, _on_edge(best, space), stopped)
 
 
 # -- the search --------------------------------------------------------------------------------------------------
 
 
-class _Scores:
-    """Scores of finished points in an artifact's folder."""
+@dataclass(frozen=True)
+class _Work:
+    """What a trial does; goes to its process."""
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    objective: Objective
+    space: Search
+    outcomes: Outcomes
+    epochs: int | None
 
-    def read(self, point: Point) -> float | None:
-        """The score of a point, or None."""
-        try:
-            return float(json.loads(open_for_writing(self.uri).read(self._key(point)))["score"])
-        except MissingKey:
+    def scheduler(self) -> Halving | None:
+        """What stops trials, if anything."""
+        if self.space.scheduler == "none":
             return None
+        assert self.epochs is not None
+        return Halving(self.space, self.epochs, self.outcomes, _point)
 
-    def write(self, point: Point, score: float) -> None:
-        """Keeps the score of a point."""
-        data = json.dumps({**point, "score": score}, allow_nan=False)
-        open_for_writing(self.uri).write(self._key(point), data.encode())
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The score of a point that has none; the known one, with its curve, of another."""
+        point = _point(config)
+        known = self.outcomes.read(point)
+        if known is None:
+            known = self._try(point)
+            self.outcomes.write(point, known)
+        elif self.space.scheduler != "none":
+            for epoch, score in enumerate(known.curve, 1):
+                _report(epoch, score, stored=True)
+        return {"score": known.score}
 
-    def _key(self, point: Point) -> str:
-        return f"trials/{digest_json(dict(point))[:20]}.json"
+    def _try(self, point: Point) -> Outcome:
+        if self.space.scheduler == "none":
+            return Outcome(_score(self.objective, point))
+        curve: list[float] = []
+
+        def on_epoch(epoch: int, score: float) -> None:
+            if epoch != self.epochs:  # after the last there is nothing to stop
+                curve.append(_finite(score, point))
+                _report(epoch, curve[-1], stored=False)
+
+        return Outcome(_score(self.objective, point, on_epoch), curve=tuple(curve))
+
+
+def _report(epoch: int, score: float, *, stored: bool) -> None:
+    """Tells Tune, and ends the trial here where it is to be stopped."""
+    tune.report({"error": None, "score": score, "epoch": epoch, "stored": stored})
 
 
 def _tune_search(
-    objective: Objective, space: Search, scores: _Scores, store: Store, name: str, compute: Compute, trials: int,
-    on_progress: OnProgress | None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    work: _Work, store: Store, name: str, compute: Compute, trials: int, on_progress: OnProgress | None
+) -> list[dict[str, Any]]:
     """Runs the trials that have no score; returns the configuration of every trial."""
-
-    def run(config: dict[str, Any]) -> dict[str, Any]:
-        point = _point(config)
-        score = scores.read(point)
-        if score is None:
-            score = _score(objective, point)
-            scores.write(point, score)
-        return {"score": score}
-
     config = tune.TuneConfig(
-        metric="score", mode="max", search_alg=_optuna(space), num_samples=trials,
+        metric="score", mode="max", search_alg=_optuna(work.space), scheduler=work.scheduler(), num_samples=trials,
         max_concurrent_trials=concurrent_trials(compute), reuse_actors=True, **short_names(),
     )  # fmt: skip
     watch = Watch(on_progress, lambda config: 1.0, float(trials), trials)
-    return run_trials(guarded(run, compute.trial_cpus), None, config, compute, store, name, watch)
+    return run_trials(guarded(work, compute.trial_cpus), None, config, compute, store, name, watch)
 
 
 def _optuna(space: Search) -> Any:
@@ -220,11 +246,15 @@ def _point(config: Mapping[str, Any]) -> dict[str, float]:
     return {"learning_rate": float(config["learning_rate"]), "weight_decay": decay}
 
 
-def _score(objective: Objective, point: Point) -> float:
+def _score(objective: Objective, point: Point, *on_epoch: OnEpoch) -> float:
     try:
-        score = float(objective(point))
+        score = float(objective(point, *on_epoch))
     except NonFiniteLoss:
         return _WORST
+    return _finite(score, point)
+
+
+def _finite(score: float, point: Point) -> float:
     if not math.isfinite(score):
         raise MedsslError(f"the validation score of {_shown(point)} is {score}: has the validation split images of two classes?")
     return score

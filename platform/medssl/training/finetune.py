@@ -15,7 +15,7 @@ Shapes: N labelled images, B batch, H, W, C stored images, E feature width, K cl
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -194,6 +194,7 @@ def finetune(
     seed: int,
     validation: Labels | None = None,
     device: str | torch.device = "cpu",
+    after_epoch: Callable[[int, FineTuned], None] | None = None,
 ) -> FineTuned:
     """Trains a classifier on the images in `rows`; the seed decides the head's start, the order and the augmentation.
 
@@ -206,6 +207,8 @@ def finetune(
         learning_rate: peak of the schedule; not used where a range test picks it.
         weight_decay: see `FineTuneParams.optimiser`; biases and batch norms excluded.
         validation: labelled images that plateau and early stopping go by; only they look at them.
+        after_epoch: called with the number of an epoch (from 1, after the head's own) and the network as it is then, which may
+            `predict`. What it raises ends the training.
 
     Raises:
         NonFiniteLoss: the loss turned NaN or infinite.
@@ -224,7 +227,7 @@ def finetune(
         )
         judged = LabelledImages(images, validation, classes, device) if validation and params.needs_validation else None
         tuned = FineTuned(network, encoder, params, device)
-        _Training(tuned, labelled, judged, seed).run(learning_rate, weight_decay)
+        _Training(tuned, labelled, judged, seed, after_epoch).run(learning_rate, weight_decay)
     network.eval()
     return tuned
 
@@ -239,8 +242,12 @@ def _start(weights: bytes | None, encoder: EncoderParams, seed: int) -> nn.Modul
 class _Training:
     """One fine-tuning under way."""
 
-    def __init__(self, tuned: FineTuned, labelled: LabelledImages, judged: LabelledImages | None, seed: int) -> None:
+    def __init__(
+        self, tuned: FineTuned, labelled: LabelledImages, judged: LabelledImages | None, seed: int,
+        after_epoch: Callable[[int, FineTuned], None] | None,
+    ) -> None:  # fmt: skip
         self.tuned, self.labelled, self.judged, self.seed = tuned, labelled, judged, seed
+        self.after_epoch = after_epoch
         self.network, self.params = tuned.network, tuned.params
         self.view = RandomView(self.params.views, tuned.encoder)
         self.per_epoch, self.steps = self.params.steps_for(len(labelled))
@@ -294,6 +301,8 @@ class _Training:
                 if stopping and stopping.epoch(score):
                     kept = copy.deepcopy(self.network.state_dict())
             self.tuned.history.append(line)
+            if self.after_epoch is not None and epoch > params.head_only_epochs:
+                self.after_epoch(epoch - params.head_only_epochs, self.tuned)
         if stopping and kept is not None:
             self.network.load_state_dict(kept)
             self.tuned.best_epoch = first_epoch + stopping.best_epoch
