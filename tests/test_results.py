@@ -16,7 +16,7 @@ from medssl.errors import DataError, RecipeError
 from medssl.metrics import average_precision
 from medssl.pictures import MAP_POINTS, confident_mistakes, embedding_maps, tsne
 from medssl.recipe import Recipe
-from medssl.results import _collect, build_report, read_probabilities
+from medssl.results import _collect, build_report, read_probabilities, report_name
 from medssl.stages.report_facts import feeding
 from medssl.study import Study
 
@@ -134,3 +134,18 @@ def test_hours_are_steps_at_the_mean_time_of_the_logged_ones() -> None:
     history = pd.DataFrame({"seed": [0, 0, 1, 1], "images_per_second": rates, "data_wait_share": [None, 0.1, None, 0.3]})
     [row] = feeding(recipe, {"a": history}).to_dict("records")
     assert row["hours"] == pytest.approx(4 * (2 + 1) / 2 / 3600) and row["pretrainings"] == 2
+
+
+def test_a_report_is_named_by_its_subgroups_also_where_some_are_not_known() -> None:
+    recipe = Recipe.model_validate({
+        "study": "s", "dataset": "d", "arms": [{"name": "random"}], "protocols": [{"name": "probe", "kind": "linear_probe"}],
+        "report": {"subgroups": ["sex", "age"]},
+    })  # fmt: skip
+    index = pd.DataFrame({
+        "split": ["test"] * 3,
+        "sex": pd.array(["f", None, "m"], dtype="str"),
+        "age": pd.array([40.0, None, 50.0], dtype="Float64"),
+    })
+    names = [report_name(recipe, [], {}, index), report_name(recipe, [], {}, index.assign(sex=["f", "x", "m"]))]
+    names.append(report_name(recipe, [], {}, index.assign(age=[40.0, 1.0, 50.0])))
+    assert len(set(names)) == 3

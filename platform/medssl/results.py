@@ -77,8 +77,8 @@ def report_name(recipe: Recipe, evaluations: Sequence[str], card: dict[str, Any]
     reported = {key: value for key, value in card.items() if key not in _NOT_REPORTED}
     inputs = {"evaluations": digest_json(list(evaluations)), "dataset": digest_json(reported)}
     if recipe.report.subgroups:  # further columns are in no other digest
-        groups = index.loc[index["split"] == recipe.evaluation_split, list(recipe.report.subgroups)]
-        inputs["subgroups"] = digest_json(groups.astype(str).to_numpy().tolist())
+        groups = index.loc[index["split"] == recipe.evaluation_split, list(recipe.report.subgroups)].astype(object)
+        inputs["subgroups"] = digest_json([[None if pd.isna(v) else str(v) for v in row] for row in groups.to_numpy()])
     return artifact_name("report", VERSIONS["report"], config, inputs)
 
 
