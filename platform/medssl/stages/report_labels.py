@@ -66,7 +66,7 @@ def _panel(
     numbers = list(points.values())
     first, last = float(min(numbers)), float(max(numbers))
     log = last / first >= _LOG_FROM
-    width, height, left, top = 560.0, 300.0, 50.0, 28.0
+    width, height, left, top = 360.0, 240.0, 50.0, 28.0  # as wide as every panel
     panel = svg.Panel(width, height, f"{metric_title(data.main_metric)} of {title_of(name)} by number of labelled images")
     margin = 1.1 if log else 0.0
     room = 0.04 * (last - first) or 1.0
@@ -75,7 +75,7 @@ def _panel(
     ys = svg.Scale(low - pad, high + pad, bottom, top)
     panel.text(4, 14, f"{title_of(name)}{' (log axis)' if log else ''}", size=12, bold=True)
     panel.y_axis(ys, left, width - 10)
-    panel.x_axis(xs, bottom, bottom, "labelled images in one draw")
+    panel.x_axis(xs, bottom, bottom, "labelled images in one draw", 4)
     for i, scores in enumerate(found.values()):
         places = [(xs(points[p]), *scores[p]) for p in points if p in scores and np.isfinite(scores[p][0])]
         aside = (i - (len(found) - 1) / 2) * 3  # bars of several arms beside each other
