@@ -19,10 +19,11 @@ import yaml
 from medssl import cli
 from medssl.artifacts import publish
 from medssl.claims import PLANNED, Planned, detectable, evaluated, fix_claims
+from medssl.comparison import Comparison
 from medssl.datasets.card import FORMAT
 from medssl.errors import RecipeError, StoreError
 from medssl.metrics import METRICS
-from medssl.recipe import Comparison, Recipe
+from medssl.recipe import Recipe
 from medssl.recipe_file import load
 from medssl.runner import Runner
 from medssl.stages.report_data import BOOTSTRAP, EQUIVALENCE, NOT_REPORTED, WELCH

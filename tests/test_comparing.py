@@ -10,7 +10,8 @@ import pytest
 from medssl import statistics
 from medssl.claims import Planned
 from medssl.comparing import Found, Runs, compare
-from medssl.recipe import Comparison, Recipe
+from medssl.comparison import Comparison
+from medssl.recipe import Recipe
 from medssl.recipe_file import load
 from medssl.stages.report_data import BOOTSTRAP, COLUMNS, EQUIVALENCE, NOT_REPORTED, SAME_AGAINST_SAME, WELCH
 

@@ -1,6 +1,8 @@
 """Can the probabilities be believed, and what would acting on them be worth: reliability, temperature, prior, net benefit.
 
-Shapes: N images, K classes, B bins, T thresholds.
+Labels are of classes (N,) or of findings (N, F), as in `medssl.metrics`; of findings, all that are known count together.
+
+Shapes: N images, K classes or F findings, B bins, T thresholds.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
-from medssl.metrics import Float, Int, confidence_bins
+from medssl.metrics import Float, Int, confidence_bins, known_pairs
 
 _SMALLEST = 1e-12
 """Probabilities below this are taken for it where a logarithm is taken."""
@@ -60,10 +62,12 @@ def brier_score(probabilities_NK: Float, labels_N: Int) -> float:
     """Brier score (1950), lower is better: the mean over images of the squared distance of the probabilities from the label.
 
     The sum over classes of (probability - 1 for the label, 0 for the others) squared: 0 where all are sure and right, 2 where
-    all are sure and wrong. ValueError without an image.
+    all are sure and wrong. Of findings half of that: (probability - label) squared. ValueError without an image.
     """
     if not len(labels_N):
         raise ValueError("there is no image to score")
+    if labels_N.ndim == 2:
+        return brier_score(*known_pairs(probabilities_NK.astype(np.float64), labels_N)) / 2
     wide_NK = probabilities_NK.astype(np.float64)
     right_N = wide_NK[np.arange(len(labels_N)), labels_N]
     return float(((wide_NK**2).sum(axis=1) - 2 * right_N + 1).mean())
@@ -75,6 +79,8 @@ def fit_temperature(probabilities_NK: Float, labels_N: Int) -> float:
     To be fitted on validation images and applied to others (:func:`apply_temperature`): the predicted classes stay.
     Between 0.01 and 100.
     """
+    if labels_N.ndim == 2:  # a sigmoid is a softmax over (0, logit)
+        return fit_temperature(*known_pairs(probabilities_NK.astype(np.float64), labels_N))
     logits_NK = np.log(np.maximum(probabilities_NK.astype(np.float64), _SMALLEST))
 
     def loss(log_temperature: float) -> float:
@@ -85,10 +91,17 @@ def fit_temperature(probabilities_NK: Float, labels_N: Int) -> float:
     return float(np.exp(found.x))
 
 
-def apply_temperature(probabilities_NK: Float, temperature: float) -> NDArray[np.float64]:
-    """Probabilities (N, K) with their logarithms divided by `temperature`; ValueError unless that is above 0."""
+def apply_temperature(probabilities_NK: Float, temperature: float, *, findings: bool = False) -> NDArray[np.float64]:
+    """Probabilities (N, K) with their logits divided by `temperature`; ValueError unless that is above 0.
+
+    Of findings every probability by itself, of classes so that each image's sum to 1.
+    """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: it must be above 0")
+    if findings:
+        odds_NF = special.logit(np.clip(probabilities_NK.astype(np.float64), _SMALLEST, 1 - _SMALLEST))
+        found: NDArray[np.float64] = special.expit(odds_NF / temperature)
+        return found
     logits_NK = np.log(np.maximum(probabilities_NK.astype(np.float64), _SMALLEST)) / temperature
     scaled: NDArray[np.float64] = special.softmax(logits_NK, axis=1)
     return scaled
@@ -101,7 +114,8 @@ def change_prior(probabilities_NK: Float, prior_K: Float, new_prior_K: Float) ->
     taken for it, so that votes of 0 can be weighed.
 
     Args:
-        prior_K: frequencies that the classifier was trained with; what class weights made of them, where it had weights.
+        prior_K: frequencies that the classifier was trained with; what class weights made of them, where it had weights. Of
+            findings (F, 2): how frequent it is that an image does not have each, and that it has.
         new_prior_K: frequencies there; either may be counts.
 
     Raises:
@@ -110,6 +124,9 @@ def change_prior(probabilities_NK: Float, prior_K: Float, new_prior_K: Float) ->
     prior, new = np.asarray(prior_K, np.float64), np.asarray(new_prior_K, np.float64)
     if prior.min() <= 0 or new.min() < 0 or new.sum() == 0:
         raise ValueError(f"priors {prior.tolist()} and {new.tolist()}: trained ones above 0, new ones 0 or more and not all 0")
+    if prior.ndim == 2:
+        both = ((np.stack([1 - p_N, p_N], axis=1), *given) for p_N, *given in zip(probabilities_NK.T, prior, new, strict=True))
+        return np.stack([change_prior(*each)[:, 1] for each in both], axis=1)
     weighted_NK = np.maximum(probabilities_NK.astype(np.float64), _SMALLEST) * (new / new.sum()) / (prior / prior.sum())
     changed: NDArray[np.float64] = weighted_NK / weighted_NK.sum(axis=1, keepdims=True)
     return changed

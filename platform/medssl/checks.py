@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from medssl.errors import DataError, MedsslError, RecipeError
 from medssl.judging import check_report
+from medssl.metrics import UNKNOWN
 from medssl.mixes import check_splits, joined_index
 from medssl.mixes import shown as all_shown
 from medssl.stages.specs import TRAIN, VALIDATION
@@ -67,6 +69,9 @@ def _check_splits(study: Study) -> None:
     for part in (part for arm in study.recipe.arms for part in arm.mix):
         dataset = study.dataset if part.dataset is None else study.others[part.dataset]
         check_splits(dataset.uri, dataset.index(), part.splits)
+    if study.specs.findings:
+        _check_findings(study, used)
+        return
     if len(classes) < 2:
         raise DataError(f"dataset {study.dataset.uri} has {len(classes)} classes; an evaluation needs two or more")
     for split in dict.fromkeys(used):
@@ -81,9 +86,28 @@ def _check_splits(study: Study) -> None:
         study.specs.draw(0, protocol)  # refuses a number of labels that the split does not have
 
 
+def _check_findings(study: Study, used: Sequence[str]) -> None:
+    """Each finding has images with it and images without it in every split that is used, and in every label draw."""
+    specs = study.specs
+    places = [(f"in split '{split}' of {study.dataset.uri}", specs.rows(split)) for split in dict.fromkeys(used)]
+    for protocol in study.recipe.protocols:
+        draws = range(study.recipe.draws_of(protocol))
+        places += [(f"in label draw {d} of protocol '{protocol.name}'", specs.draw(d, protocol)) for d in draws]
+    for where, rows in places:
+        labels_NF = specs.labels(rows)
+        for f, name in enumerate(specs.classes):
+            lacking = next((what for what, side in (("with", 1), ("without", 0)) if not (labels_NF[:, f] == side).any()), None)
+            if lacking is not None:
+                raise DataError(
+                    f"finding '{name}' has no image that is known to be {lacking} it {where}: use more labels or other splits, "
+                    "count missing ones as zeros, or leave the finding out"
+                )
+
+
 def _check_neighbours(study: Study) -> None:
     for protocol in study.recipe.protocols:
-        labelled = len(study.specs.draw(0, protocol))
+        drawn = study.specs.labels(study.specs.draw(0, protocol))
+        labelled = len(drawn) if drawn.ndim == 1 else int((drawn != UNKNOWN).sum(axis=0).min())
         if protocol.kind == "knn" and protocol.probe.k > labelled:
             raise RecipeError(
                 f"protocol '{protocol.name}': probe.k is {protocol.probe.k}, but a draw has {labelled} labelled images: use "

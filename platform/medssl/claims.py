@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from medssl.artifacts import STUDIES, digest_json
+from medssl.comparison import Comparison
 from medssl.errors import MissingKey, StoreError
-from medssl.recipe import Comparison, Recipe
+from medssl.recipe import Recipe
 from medssl.stages.report_text import metric_title, plural
 from medssl.statistics import Scatter, smallest_detectable_difference, smallest_equivalence_margin
 from medssl.store import Store

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.claims import Planned
-from medssl.recipe import Comparison, Recipe
+from medssl.comparison import Comparison
+from medssl.recipe import Recipe
 from medssl.stages.report_data import BOOTSTRAP, EQUIVALENCE, NOT_REPORTED, SAME_AGAINST_SAME, WELCH, SameAgainstSame
 from medssl.statistics import aa_summary, effect_size, holm, nested_bootstrap, nested_equivalence, welch
 

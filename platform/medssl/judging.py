@@ -4,7 +4,10 @@ can be believed, per patient, by subgroup.
 Everything is computed for each run and averaged over all runs of an arm under a protocol, so a number here is about a typical
 run and never about the runs' mean prediction.
 
-Shapes: M runs of an arm, N judged images, K classes, P, D, S pretraining seeds, label draws, head seeds (M = P * D * S).
+Labels are of classes (N,) or of findings (N, F), as in `medssl.metrics`, and every number here is of either.
+
+Shapes: M runs of an arm, N judged images, K classes or F findings, P, D, S pretraining seeds, label draws, head seeds (M = P *
+D * S). How often a class occurs is (K,); how often a finding is not there, and is, (F, 2): written K in both.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from medssl.errors import RecipeError, nearest
 from medssl.influence import SLOPES, mean_influence
 from medssl.metrics import (
     SCORES,
+    UNKNOWN,
     average_precision_per_class,
     counts,
     expected_calibration_error,
     per_patient,
     roc_auc_per_class,
     sensitivity_at_specificity,
+    torn_groups,
 )
 from medssl.metrics import class_scores as scores_of_classes
 from medssl.protocols import Protocol
@@ -78,7 +83,7 @@ def judge(recipe: Recipe, specs: Specs, runs: AllRuns) -> dict[str, Any]:
     """Fields of `ReportData` that follow from the predictions of all runs, by (arm, protocol)."""
     protocols = {protocol.name: protocol for protocol in recipe.protocols}
     draws = {
-        name: [np.bincount(specs.labels(specs.draw(d, p)), minlength=len(specs.classes)) for d in range(recipe.draws_of(p))]
+        name: [_frequencies(specs.labels(specs.draw(d, p)), len(specs.classes)) for d in range(recipe.draws_of(p))]
         for name, p in protocols.items()
     }
     outside = [arm.name for arm in recipe.outside]
@@ -87,7 +92,9 @@ def judge(recipe: Recipe, specs: Specs, runs: AllRuns) -> dict[str, Any]:
         for key, run in runs.items()
     }
     return {
+        "findings": specs.findings,
         "class_scores": class_scores(runs, specs.classes, recipe.report.specificity),
+        "finding_calls": finding_calls(runs, specs.classes),
         "specificity": recipe.report.specificity,
         **_calibration(runs, draws, trained),
         **_priors(recipe, specs, runs, trained),
@@ -96,6 +103,13 @@ def judge(recipe: Recipe, specs: Specs, runs: AllRuns) -> dict[str, Any]:
         "subgroups": _subgroups(recipe, specs, runs),
         "smallest_group": recipe.report.smallest_group,
     }
+
+
+def _frequencies(labels_N: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """Images of each class (K,), or without and with each finding (F, 2)."""
+    if labels_N.ndim == 2:
+        return np.stack([(labels_N == side).sum(axis=0) for side in (0, 1)], axis=1)
+    return np.bincount(labels_N, minlength=classes)
 
 
 def models_of(run: Runs) -> NDArray[np.float32]:
@@ -147,6 +161,22 @@ def class_scores(runs: AllRuns, classes: list[str], specificity: float) -> pd.Da
     return pd.DataFrame(records, columns=list(COLUMNS["class_scores"]))
 
 
+def finding_calls(runs: AllRuns, names: list[str]) -> pd.DataFrame:
+    """Images in which each finding is there and named, there and not named, and so on (columns of `COLUMNS["finding_calls"]`)."""
+    records = []
+    for (arm, protocol), run in runs.items():
+        if run.labels_N.ndim == 1:
+            continue
+        found = []
+        for model_NF in models_of(run):
+            each = counts(model_NF, run.labels_N)
+            absent, rejected = each.rejected
+            found.append([each.hits, each.support - each.hits, absent - rejected, rejected])
+        means_F4 = np.mean(found, axis=0).T
+        records += [(arm, protocol, name, *values.tolist()) for name, values in zip(names, means_F4, strict=True)]
+    return pd.DataFrame(records, columns=list(COLUMNS["finding_calls"]))
+
+
 def _mean_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean over the first axis of what is not NaN; NaN where nothing is."""
     known = ~np.isnan(values)
@@ -178,7 +208,10 @@ def _scaled(run: Runs) -> tuple[float, float, float]:
     if run.temperatures_PDS is None or not np.isfinite(run.temperatures_PDS).all():
         return (float("nan"),) * 3
     temperatures_M = run.temperatures_PDS.ravel()
-    models = (apply_temperature(p_NK, float(t)) for p_NK, t in zip(models_of(run), temperatures_M, strict=True))
+    findings = run.labels_N.ndim == 2
+    models = (
+        apply_temperature(p_NK, float(t), findings=findings) for p_NK, t in zip(models_of(run), temperatures_M, strict=True)
+    )
     return float(temperatures_M.mean()), *_believed(models, run.labels_N)[1:]
 
 
@@ -201,7 +234,7 @@ def _believed(models: Iterable[NDArray[Any]], labels_N: NDArray[np.int64]) -> tu
 
 
 def _shares(counts_MK: NDArray[Any]) -> NDArray[np.float64]:
-    shares: NDArray[np.float64] = counts_MK / counts_MK.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = counts_MK / counts_MK.sum(axis=-1, keepdims=True)
     return shares
 
 
@@ -247,9 +280,14 @@ def _decisions(
     position = specs.classes.index(name)
     models, all_T, share = {}, np.zeros(len(_THRESHOLDS)), 0.0
     for key, run in runs.items():
-        positive_N, put_back = run.labels_N == position, _put_back(run, draws[key[1]], trained[key])
+        put_back = _put_back(run, draws[key[1]], trained[key])
         models_NK = models_of(run) if put_back is None else put_back
-        curves = [decision_curve(model_NK[:, position], positive_N, _THRESHOLDS) for model_NK in models_NK]
+        if run.labels_N.ndim == 2:
+            known_N, positive_N = run.labels_N[:, position] != UNKNOWN, run.labels_N[:, position] == 1
+        else:
+            known_N, positive_N = np.ones(len(run.labels_N), bool), run.labels_N == position
+        positive_N = positive_N[known_N]
+        curves = [decision_curve(model_NK[known_N, position], positive_N, _THRESHOLDS) for model_NK in models_NK]
         models[key] = np.mean([curve.model_T for curve in curves], axis=0)
         all_T, share = curves[0].all_T, float(positive_N.mean())
     return DecisionCurves(name, share, _THRESHOLDS, all_T, models)
@@ -283,8 +321,7 @@ def _units(recipe: Recipe, specs: Specs, runs: AllRuns) -> dict[str, Any]:
 
 def _whole(unit: str, unit_N: NDArray[np.int64], labels_N: NDArray[np.int64]) -> tuple[NDArray[np.bool_], UnitFacts]:
     """Which images are of units with one label, and how many units there are of either sort."""
-    pairs = np.unique(np.stack([unit_N, labels_N]), axis=1)
-    torn_U = np.bincount(pairs[0]) > 1
+    torn_U = torn_groups(unit_N, labels_N)
     kept_N, images_U = ~torn_U[unit_N], np.bincount(unit_N)
     several = int((images_U[~torn_U] > 1).sum())
     facts = UnitFacts(unit, int((~torn_U).sum()), int(kept_N.sum()), several, int(torn_U.sum()), int((~kept_N).sum()))
@@ -315,12 +352,17 @@ def _subgroups(recipe: Recipe, specs: Specs, runs: AllRuns) -> pd.DataFrame:
             for key, run in runs.items():
                 patients = [patient for patient, inside in zip(run.patients_N, inside_N, strict=True) if inside]
                 known = [patient for patient in patients if patient is not None]
-                sizes = len(patients), len(set(known)) + len(patients) - len(known), len(np.unique(labels_N[inside_N]))
+                sizes = len(patients), len(set(known)) + len(patients) - len(known), _present(labels_N[inside_N])
                 scored = len(patients) >= recipe.report.smallest_group
                 for metric in recipe.metrics:
                     found = _scored(recipe, run, inside_N, patients, metric) if scored else (float("nan"),) * 3
                     records.append((column, group, *key, metric, *sizes, *found))
     return pd.DataFrame(records, columns=list(COLUMNS["subgroups"]))
+
+
+def _present(labels_N: NDArray[np.int64]) -> int:
+    """Classes that have images, or findings that are there in some."""
+    return int((labels_N == 1).any(axis=0).sum()) if labels_N.ndim == 2 else len(np.unique(labels_N))
 
 
 def _scored(

@@ -63,12 +63,13 @@ def split_arms(fields: Any) -> Any:
 
 
 def read_predictions(
-    params: OutsideParams, content: bytes, image_ids: Sequence[str], classes: Sequence[str]
+    params: OutsideParams, content: bytes, image_ids: Sequence[str], classes: Sequence[str], *, findings: bool = False
 ) -> Outside:
     """Checks and orders the predictions in a file's content; rows of other images are left out.
 
     Args:
         image_ids, classes: of the judged images, and of the study; the axes N and K.
+        findings: whether the classes are findings, whose probabilities need not sum to 1.
 
     Raises:
         DataError: not a table, a column or an image missing, an image twice, or numbers that are no probabilities.
@@ -79,7 +80,9 @@ def read_predictions(
         raise DataError(f"{where} have no column image_id; their columns: {', '.join(map(str, table.columns))}")
     columns = [_column(table, name, where) for name in classes]
     models = [("", table)] if _MODEL not in table else [(str(name), rows) for name, rows in table.groupby(_MODEL, sort=True)]
-    found = [_model(rows, columns, image_ids, where + (f", model {name}" if name else "")) for name, rows in models]
+    found = [
+        _model(rows, columns, image_ids, where + (f", model {name}" if name else ""), findings=findings) for name, rows in models
+    ]
     return Outside(params, hashlib.sha256(content).hexdigest(), np.stack(found), content)
 
 
@@ -106,7 +109,9 @@ def _column(table: pd.DataFrame, name: str, where: str) -> str:
     return column
 
 
-def _model(rows: pd.DataFrame, columns: Sequence[str], image_ids: Sequence[str], where: str) -> NDArray[np.float32]:
+def _model(
+    rows: pd.DataFrame, columns: Sequence[str], image_ids: Sequence[str], where: str, *, findings: bool
+) -> NDArray[np.float32]:
     ids = rows["image_id"].astype(str)
     judged = rows[ids.isin(set(image_ids))].set_axis(ids[ids.isin(set(image_ids))], axis=0)
     if judged.index.has_duplicates:
@@ -116,14 +121,14 @@ def _model(rows: pd.DataFrame, columns: Sequence[str], image_ids: Sequence[str],
     if missing:
         raise DataError(f"{where} lack {len(missing):,} of {len(image_ids):,} judged images, the first is '{missing[0]}'")
     found_NK = judged.loc[list(image_ids), list(columns)].to_numpy(dtype=np.float64)
-    total_N = found_NK.sum(axis=1)
-    bad = ~((found_NK >= 0).all(axis=1) & (np.abs(total_N - 1) <= _TOLERANCE))  # NaN is neither
+    total_N = np.ones(len(found_NK)) if findings else found_NK.sum(axis=1)
+    bad = ~(((found_NK >= 0) & (found_NK <= 1 + _TOLERANCE)).all(axis=1) & (np.abs(total_N - 1) <= _TOLERANCE))  # NaN is neither
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         values = ", ".join(f"{value:g}" for value in found_NK[first])
         raise DataError(
-            f"{where}: image '{image_ids[first]}' has {values}, which are no probabilities: 0 or more, with a sum of 1 (to "
-            f"{_TOLERANCE:g})"
+            f"{where}: image '{image_ids[first]}' has {values}, which are no probabilities: "
+            + ("each between 0 and 1" if findings else f"0 or more, with a sum of 1 (to {_TOLERANCE:g})")
         )
     shares_NK: NDArray[np.float32] = (found_NK / total_N[:, None]).astype(np.float32)
     return shares_NK

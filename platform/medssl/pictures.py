@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from medssl.artifacts import folder
 from medssl.datasets.read import Decoding, decode_row, stored_images
 from medssl.judging import models_of
+from medssl.metrics import UNKNOWN
 from medssl.stages.report_data import EmbeddingMap, Mistake
 
 if TYPE_CHECKING:
@@ -39,13 +40,24 @@ def embedding_maps(study: Study) -> dict[str, EmbeddingMap]:
     if probe is None or not recipe.report.embedding_map or len(judged) < FEWEST_POINTS:
         return {}
     chosen = np.sort(np.random.default_rng(0).permutation(judged)[:MAP_POINTS])
-    labels_N = study.specs.labels(chosen)
+    labels_N, marks = _marks(study.specs.labels(chosen), study.specs.classes)
     maps = {}
     for arm in recipe.arms:
         features_NE = _features(study, arm, probe, chosen)
         if features_NE is not None:
-            maps[arm.name] = EmbeddingMap(tsne(features_NE), labels_N, study.specs.classes)
+            maps[arm.name] = EmbeddingMap(tsne(features_NE), labels_N, marks)
     return maps
+
+
+def _marks(labels_N: NDArray[np.int64], classes: list[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """What a map marks each image as: its class, or its one finding, several, or none that is known."""
+    if labels_N.ndim == 1:
+        return labels_N, classes
+    there_NF = labels_N == 1
+    number_N = there_NF.sum(axis=1)
+    several, none = len(classes), len(classes) + 1
+    marks_N = np.where(number_N == 1, there_NF.argmax(axis=1), np.where(number_N > 1, several, none))
+    return marks_N, [*classes, "several", "none"]
 
 
 def _features(study: Study, arm: Arm, probe: Probe, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
@@ -88,6 +100,8 @@ def confident_mistakes(study: Study, runs: Mapping[tuple[str, str], Runs], proto
     if not recipe.report.images:
         return {}
     judged, classes = specs.rows(recipe.evaluation_split), specs.classes
+    if specs.findings:  # two entries a finding, as `_worst` counts them
+        classes = [text for name in classes for text in (f"no {name}", name)]
     worst = {run.arm: _worst(run) for (_, name), run in runs.items() if name == protocol}
     stored = stored_images(study.dataset, {int(judged[n]) for found in worst.values() for n, *_ in found})
     decoding = Decoding(_THUMBNAIL_PX, "pad", 3, recipe.images.depth)
@@ -104,10 +118,27 @@ def confident_mistakes(study: Study, runs: Mapping[tuple[str, str], Runs], proto
 def _worst(run: Runs) -> list[tuple[int, int, int, float]]:
     """Position, label, predicted class and its mean probability over the runs, of the wrong images, the surest first."""
     mean_NK = models_of(run).mean(axis=0, dtype=np.float64)
+    if run.labels_N.ndim == 2:
+        return _worst_findings(mean_NK, run.labels_N)
     predicted_N, confidence_N = mean_NK.argmax(axis=1), mean_NK.max(axis=1)
     wrong = np.flatnonzero(predicted_N != run.labels_N)
     order = wrong[np.argsort(-confidence_N[wrong], kind="stable")][:_MISTAKES]
     return [(int(n), int(run.labels_N[n]), int(predicted_N[n]), float(confidence_N[n])) for n in order]
+
+
+def _worst_findings(mean_NF: NDArray[np.float64], labels_NF: NDArray[np.int64]) -> list[tuple[int, int, int, float]]:
+    """The same of findings: of finding f, 2 f stands for its absence and 2 f + 1 for its presence; an image is shown once."""
+    sure_NF = np.where(labels_NF == 1, 1 - mean_NF, mean_NF)  # of the wrong answer
+    sure_NF[labels_NF == UNKNOWN] = 0
+    finding_N, confidence_N = sure_NF.argmax(axis=1), sure_NF.max(axis=1)
+    wrong = np.flatnonzero(confidence_N > 0.5)
+    order = wrong[np.argsort(-confidence_N[wrong], kind="stable")][:_MISTAKES]
+    found = []
+    for n in order:
+        f = int(finding_N[n])
+        label = int(labels_NF[n, f])
+        found.append((int(n), 2 * f + label, 2 * f + 1 - label, float(confidence_N[n])))
+    return found
 
 
 def _png(image_HWC: NDArray[np.uint8]) -> bytes:

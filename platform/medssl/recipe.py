@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from medssl.comparison import Bootstrap, Comparison
+from medssl.compute import Compute
+from medssl.datasets.findings import FindingsParams
 from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError, nearest
 from medssl.label_curves import expanded
-from medssl.metrics import METRICS
 from medssl.networks.encoder import EncoderParams
 from medssl.networks.surgery import SurgeryParams
 from medssl.objectives import ObjectiveParams
@@ -23,7 +25,7 @@ from medssl.params import Params
 from medssl.protocols import NAME, Protocol, check_metric, views_of
 from medssl.published import PublishedParams
 from medssl.report_params import ReportParams
-from medssl.shifted import ShiftedParams, judged_as
+from medssl.shifted import ShiftedParams
 from medssl.training.plan import FurtherParams, PretrainPlan
 from medssl.views import ViewParams
 
@@ -143,77 +145,6 @@ class Repeats(Params):
     """Labelled training images in one draw, stratified by class; null uses all (then one draw)."""
 
 
-class Comparison(Params):
-    """A claim to test: `better` scores higher than `than`."""
-
-    better: str
-    """Arm that is claimed to be better."""
-    than: str
-    """Arm it is compared with."""
-    protocol: str
-    """Protocol whose scores are compared."""
-    shifted: str | None = None
-    """Shifted set on whose images the scores are compared; null: the study's own evaluation split."""
-    metric: str = "balanced_accuracy"
-    """Metric that is compared."""
-    equivalence_margin: float | None = Field(None, gt=0, lt=1)
-    """Largest difference of the metric that does not matter, chosen before any score is seen: the two arms are then also tested
-    for differing by less (two one-sided tests on the nested bootstrap); null leaves that test out."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Comparison:
-        check_metric(self.metric)
-        if self.metric not in METRICS:
-            raise ValueError(f"comparison metric '{self.metric}' has no nested bootstrap: choose from {', '.join(METRICS)}")
-        return self
-
-    @property
-    def judged(self) -> str:
-        """Name of the compared scores' protocol in tables."""
-        return judged_as(self.protocol, self.shifted)
-
-    @property
-    def claim(self) -> tuple[str, str, str, str]:
-        """What is claimed, whatever the margin: better, than, protocol as judged, metric."""
-        return self.better, self.than, self.judged, self.metric
-
-
-class Bootstrap(Params):
-    """Nested bootstrap of the comparisons."""
-
-    replicates: int = Field(2000, ge=100)
-    """Bootstrap replicates."""
-    level: float = Field(0.95, gt=0.5, lt=1)
-    """Level of the interval."""
-    seed: int = Field(0, ge=0)
-    """Seed of the resampling."""
-
-
-class Compute(Params):
-    """Where it runs; nothing here changes a result or a hash."""
-
-    workers: int = Field(1, ge=1)
-    """DDP workers of a pretraining."""
-    cpus_per_worker: int = Field(1, ge=1)
-    """CPU cores of each worker."""
-    gpus_per_worker: float = Field(0, ge=0, le=1)
-    """GPUs of each trial, which may share one; 0 trains on the CPU. A pretraining worker takes a whole one."""
-    trial_cpus: int = Field(1, ge=1)
-    """CPU cores of a search or evaluation trial."""
-    concurrent_trials: int | None = Field(None, ge=1)
-    """Trials at once; null fills the machine's cores."""
-    checkpoint_every_epochs: int = Field(1, ge=1)
-    """Checkpoints at the end of every so many epochs and of the last; more than 1 where an epoch takes seconds."""
-    checkpoint_every_steps: int | None = Field(None, ge=1)
-    """Further checkpoints between epoch ends (resident feeding); null none."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """Checkpoints kept in the store while training."""
-    monitor_every_epochs: int | None = Field(None, ge=1)
-    """kNN accuracy on the validation split after every so many epochs of a pretraining, as a curve in the report; null none."""
-    max_failures: int = Field(8, ge=0)
-    """Lost workers or nodes that a pretraining survives."""
-
-
 class Recipe(Params):
     """One study."""
 
@@ -223,6 +154,8 @@ class Recipe(Params):
     """A sentence for the report."""
     dataset: str
     """Dataset made by `medssl ingest`: a URI, or a path below the study's store such as datasets/ham10000."""
+    findings: FindingsParams | None = None
+    """Several findings an image in place of one class; null judges by the images' one label."""
     images: ImageParams = ImageParams()
     """Decoding and feeding."""
     pretraining_splits: tuple[str, ...] = Field(("train",), min_length=1)
@@ -262,17 +195,7 @@ class Recipe(Params):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for metric in self.metrics:
-            check_metric(metric)
-        named = {
-            "arm": [each.name for each in self.arms] + [each.name for each in self.outside],
-            "protocol": [each.name for each in self.protocols],
-            "shifted set": [each.name for each in self.shifted],
-        }
-        for kind, names in named.items():
-            twice = sorted({n for n in names if names.count(n) > 1})
-            if twice:
-                raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
+        self._check_names()
         for comparison in self.comparisons:
             self._check_comparison(comparison)
         claims = [c.claim for c in self.comparisons]
@@ -281,6 +204,8 @@ class Recipe(Params):
                 raise ValueError(f"two comparisons claim {better} over {than} under {name} by {metric}: keep one")
         self._check_shifted()
         self._check_published()
+        if self.findings is not None:
+            self._check_findings()
         for protocol in self.protocols:
             shown = views_of(protocol)
             if shown is not None and shown.small_crops:
@@ -294,6 +219,19 @@ class Recipe(Params):
             if arm.objective is not None:
                 self._check_pretraining(arm)
         return self
+
+    def _check_names(self) -> None:
+        for metric in self.metrics:
+            check_metric(metric)
+        named = {
+            "arm": [each.name for each in self.arms] + [each.name for each in self.outside],
+            "protocol": [each.name for each in self.protocols],
+            "shifted set": [each.name for each in self.shifted],
+        }
+        for kind, names in named.items():
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
 
     def _check_pretraining(self, arm: Arm) -> None:
         workers = self.compute.workers
@@ -320,6 +258,16 @@ class Recipe(Params):
             raise ValueError(f"arm '{arm.name}': pairs of a bag from a mix need images.feeding resident")
         if arm.learning_rate_finder and self.images.feeding == "streaming":
             raise ValueError(f"arm '{arm.name}': the learning-rate finder needs images.feeding resident")
+
+    def _check_findings(self) -> None:
+        if self.report.deployment_prior is not None:
+            raise ValueError("report.deployment_prior weighs images by their class, and they have findings: leave it out")
+        for protocol in self.protocols:
+            if protocol.kind == "fine_tune" and protocol.training.over_sample:
+                raise ValueError(
+                    f"protocol '{protocol.name}': over_sample draws classes equally often, and images have findings: use "
+                    "class_weights"
+                )
 
     def _check_published(self) -> None:
         arms, protocols = [a.name for a in self.arms], [p.name for p in self.protocols]

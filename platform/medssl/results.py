@@ -26,7 +26,7 @@ from medssl.comparing import Found, Runs, compare
 from medssl.errors import MissingKey
 from medssl.guards import look_alikes, look_warnings
 from medssl.judging import judge
-from medssl.metrics import SCORES
+from medssl.metrics import SCORES, UNKNOWN
 from medssl.outside import Outside
 from medssl.pictures import confident_mistakes, embedding_maps
 from medssl.recipe import Arm, Recipe
@@ -34,7 +34,7 @@ from medssl.recipe_file import dump
 from medssl.shifting import shifted_notes, shifted_table, transfers
 from medssl.stages.report import format_result_table, render, result_json
 from medssl.stages.report_data import COLUMNS, Confusion, DatasetFacts, FirstList, ReportData
-from medssl.stages.specs import VERSIONS, Cell, Spec
+from medssl.stages.specs import VERSIONS, Cell, Spec, Specs
 from medssl.statistics import summarise
 from medssl.store import Store
 
@@ -257,6 +257,8 @@ def _confusions(study: Study, runs: Mapping[tuple[str, str], Runs]) -> dict[tupl
     shared = {each.protocol(protocol.name): each.shared for each in sets for protocol in study.recipe.protocols}
     found = {}
     for key, run in runs.items():
+        if run.labels_N.ndim == 2:  # of findings the counts are a table of their own
+            continue
         classes = shared.get(key[1], study.specs.classes)
         predicted = run.probabilities_PDSNK.argmax(axis=-1).reshape(-1, len(run.labels_N))
         flat = (run.labels_N[None] * len(classes) + predicted).ravel()
@@ -332,7 +334,20 @@ def _own_facts(study: Study) -> DatasetFacts:
     from medssl.stages.report_facts import dataset_facts
 
     copies, alike = look_alikes(study.specs.index, study.recipe.evaluation_split)
-    return replace(dataset_facts(study.dataset, study.recipe), copies=copies, look_alikes=alike)
+    facts = replace(dataset_facts(study.dataset, study.recipe), copies=copies, look_alikes=alike)
+    return replace(facts, findings=_finding_facts(study.specs)) if study.specs.findings else facts
+
+
+def _finding_facts(specs: Specs) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Images with each finding, without it, and of which it is not known, by split."""
+    found = {}
+    for split, rows in specs.index.groupby("split").groups.items():
+        labels_NF = specs.labels(rows.to_numpy(dtype=np.int64))
+        with_it, without, unknown = ((labels_NF == label).sum(axis=0) for label in (1, 0, UNKNOWN))
+        found[str(split)] = {
+            name: (int(with_it[f]), int(without[f]), int(unknown[f])) for f, name in enumerate(specs.classes)
+        }
+    return found
 
 
 def _shifted_facts(study: Study) -> list[DatasetFacts]:
@@ -341,7 +356,7 @@ def _shifted_facts(study: Study) -> list[DatasetFacts]:
 
     names = dict.fromkeys(each.dataset for each in study.recipe.shifted)
     found = [dataset_facts(study.others[name], study.recipe) for name in names]
-    return [replace(facts, role="shifted set, not trained on", evaluated=False, bags={}) for facts in found]
+    return [replace(facts, role="shifted set", evaluated=False, bags={}) for facts in found]
 
 
 def _arm_indexes(study: Study) -> dict[str, dict[str, Any]]:

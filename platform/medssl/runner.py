@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
 from medssl.claims import evaluated, fix_claims
 from medssl.datasets.dataset import Dataset
@@ -30,7 +32,7 @@ from medssl.stages.progress import OnProgress
 from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec
 from medssl.stages.transfer import TransferTask, run_transfers
 from medssl.study import Pending, Study
-from medssl.training.monitor import Watched
+from medssl.training.monitor import Watched, watch_findings
 
 
 class Runner:
@@ -128,6 +130,11 @@ class Runner:
         study = self.study
         if study.recipe.compute.monitor_every_epochs is None:
             return None
+        if study.specs.findings:
+            labels_NF = study.specs.labels(np.arange(len(study.specs.index)))
+            return watch_findings(
+                study.specs.index, labels_NF, study.specs.classes, seed=seed, bank_split=TRAIN, query_split=VALIDATION
+            )
         return Watched.of_index(study.specs.index, study.specs.classes, seed=seed, bank_split=TRAIN, query_split=VALIDATION)
 
     def embeddings(self) -> None:

@@ -2,14 +2,15 @@
 
 A shifted set seldom has the study's classes, all of them and under the same names. Classes that both have are judged: of a
 prediction the probabilities of these are divided by their sum, so that a class which cannot occur takes none. Images of other
-classes, and images that the study itself has (byte for byte, in any split), are left out and counted.
+classes, and images that the study itself has (byte for byte, in any split), are left out and counted. Of findings those that
+both data sets have are judged, each by itself.
 
-Shapes: N judged images, K classes of the study, C shared ones.
+Shapes: N judged images, K classes or findings of the study, C shared ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from medssl.datasets.findings import FindingsParams, finding_labels, findings_of
 from medssl.errors import RecipeError, nearest
+from medssl.metrics import UNKNOWN
 from medssl.mixes import check_splits, seen_elsewhere
 from medssl.params import Params
 from medssl.protocols import NAME
@@ -36,8 +39,8 @@ class ShiftedParams(Params):
     splits: tuple[str, ...] = Field(("test",), min_length=1)
     """Splits whose labelled images are judged; nothing of it is trained on here, so it may be all."""
     classes: dict[str, str] | None = None
-    """The study's class for each class of that dataset, several to one if need be; images of classes that are not named are left
-    out. null: classes of the same name."""
+    """The study's class (or finding) for each class (or finding) of that dataset, several classes to one if need be; images of
+    classes that are not named are left out. null: those of the same name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,7 @@ class ShiftedSet:
     rows: NDArray[np.int64]
     """Of the index, ascending."""
     labels_N: NDArray[np.int64]
-    """Position in `shared`."""
+    """Position in `shared`; of findings labels (N, C)."""
     shared: list[str]
     """Classes of the study that it has images of, in the study's order."""
     columns_C: list[int]
@@ -64,7 +67,9 @@ class ShiftedSet:
         return judged_as(name, self.params.name)
 
     def restrict(self, probabilities_NK: NDArray[Any]) -> NDArray[np.float32]:
-        """Probabilities (N, C) of the shared classes, see :func:`restrict`."""
+        """Probabilities (N, C) of the shared classes, see :func:`restrict`; those of findings stay as they are."""
+        if self.labels_N.ndim == 2:
+            return probabilities_NK[:, self.columns_C].astype(np.float32)
         return restrict(probabilities_NK, self.columns_C)
 
     @property
@@ -88,13 +93,15 @@ def restrict(probabilities_NK: NDArray[Any], columns_C: Sequence[int]) -> NDArra
 
 
 def shifted_set(
-    params: ShiftedParams, uri: str, index: pd.DataFrame, own_index: pd.DataFrame, own_classes: Sequence[str]
-) -> ShiftedSet:
+    params: ShiftedParams, uri: str, index: pd.DataFrame, own_index: pd.DataFrame, own_classes: Sequence[str],
+    findings: FindingsParams | None = None,
+) -> ShiftedSet:  # fmt: skip
     """The images of a dataset that a study's classifiers can be judged on.
 
     Args:
         uri, index: of the shifted dataset.
         own_index, own_classes: of the study's dataset.
+        findings: the study's, where `own_classes` are findings.
 
     Raises:
         DataError: a split without images.
@@ -102,7 +109,7 @@ def shifted_set(
     """
     where = f"shifted set '{params.name}'"
     check_splits(uri, index, params.splits)
-    has = sorted({str(label) for label in index["label"].dropna()})
+    has = sorted({str(label) for label in index["label"].dropna()}) if findings is None else findings_of(index)
     meaning = {name: name for name in has if name in own_classes} if params.classes is None else params.classes
     for theirs, ours in meaning.items():
         if theirs not in has:
@@ -112,6 +119,8 @@ def shifted_set(
     rows = index.index[index["split"].isin(params.splits)].to_numpy(dtype=np.int64)
     known = seen_elsewhere(index, rows, set(own_index["sha256"]))
     fresh = np.setdiff1d(rows, known)
+    if findings is not None:
+        return _shifted_findings(params, index, fresh, meaning, findings, len(known))
     labels = index["label"].astype(object).to_numpy()[fresh]
     named = [meaning.get(label) if isinstance(label, str) else None for label in labels]
     is_judged = np.array([name is not None for name in named], dtype=bool)
@@ -129,3 +138,26 @@ def shifted_set(
     return ShiftedSet(
         params, index, fresh[is_judged], labels_N, shared, columns_C, int((~is_judged).sum()), len(known)
     )  # fmt: skip
+
+
+def _shifted_findings(
+    params: ShiftedParams, index: pd.DataFrame, rows: NDArray[np.int64], meaning: Mapping[str, str], findings: FindingsParams,
+    known: int,
+) -> ShiftedSet:  # fmt: skip
+    """The same of findings: images of which a shared one is known."""
+    theirs = {ours: name for name, ours in meaning.items()}
+    if len(theirs) < len(meaning):
+        ours = next(ours for ours in theirs if list(meaning.values()).count(ours) > 1)
+        raise RecipeError(f"shifted set '{params.name}': classes gives finding '{ours}' to two of its own: name one")
+    shared = [name for name in findings.names if name in theirs]
+    if not shared:
+        own = ", ".join(findings.names)
+        raise RecipeError(
+            f"shifted set '{params.name}': it has none of the study's findings ({own}): name the study's finding for each of its "
+            "own in classes"
+        )
+    judged = findings.model_copy(update={"names": tuple(shared)})
+    labels_NC = finding_labels(index, judged, train="", columns=theirs)[rows]  # nothing of it is trained on
+    there = (labels_NC != UNKNOWN).any(axis=1)
+    columns_C = [findings.names.index(name) for name in shared]
+    return ShiftedSet(params, index, rows[there], labels_NC[there], shared, columns_C, int((~there).sum()), known)

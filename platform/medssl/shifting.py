@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from medssl.metrics import SCORES
+from medssl.metrics import SCORES, UNKNOWN
 from medssl.shifted import ShiftedSet, judged_as
 from medssl.stages.report_data import COLUMNS
 
@@ -85,8 +86,7 @@ def shifted_table(study: Study, home: AllRuns, away: AllRuns) -> pd.DataFrame:
             there = away.get((arm, judged_as(protocol, name)))
             if there is None:  # predictions from a file are of the study's images
                 continue
-            inside_N = np.isin(run.labels_N, shifted.columns_C)
-            labels_N = np.searchsorted(shifted.columns_C, run.labels_N[inside_N])
+            inside_N, labels_N = _shared_at_home(run, shifted)
             models = run.probabilities_PDSNK.reshape(-1, *run.probabilities_PDSNK.shape[3:])
             own = [shifted.restrict(model_NK[inside_N]).astype(np.float64) for model_NK in models]
             for metric in study.recipe.metrics:
@@ -95,15 +95,30 @@ def shifted_table(study: Study, home: AllRuns, away: AllRuns) -> pd.DataFrame:
     return pd.DataFrame(records, columns=list(COLUMNS["shifted"]))
 
 
+def _shared_at_home(run: Runs, shifted: ShiftedSet) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which of the study's judged images have a shared class or a shared finding that is known, and the labels of these."""
+    if run.labels_N.ndim == 2:
+        labels_NC = run.labels_N[:, shifted.columns_C]
+        inside_N = (labels_NC != UNKNOWN).any(axis=1)
+        return inside_N, labels_NC[inside_N]
+    inside_N = np.isin(run.labels_N, shifted.columns_C)
+    return inside_N, np.searchsorted(shifted.columns_C, run.labels_N[inside_N])
+
+
 def shifted_notes(study: Study) -> list[str]:
     """What of each shifted set was judged, and what was left out."""
     lines = []
     for name, shifted in study.specs.shifted.items():
-        counts = np.bincount(shifted.labels_N, minlength=len(shifted.shared))
+        findings = shifted.labels_N.ndim == 2
+        if findings:
+            counts = (shifted.labels_N == 1).sum(axis=0)
+        else:
+            counts = np.bincount(shifted.labels_N, minlength=len(shifted.shared))
         have = ", ".join(f"{count:,} {each}" for each, count in zip(shifted.shared, counts, strict=True))
         line = f"{name}: {len(shifted.rows):,} images of {shifted.params.dataset} ({', '.join(shifted.params.splits)}): {have}."
         if shifted.other_classes:
-            line += f" {shifted.other_classes:,} were left out, their class being none of the study's or unknown."
+            why = "nothing of these findings being known" if findings else "their class being none of the study's or unknown"
+            line += f" {shifted.other_classes:,} were left out, {why}."
         if shifted.known:
             line += f" {shifted.known:,} were left out as byte for byte the study's own."
         lines.append(line)

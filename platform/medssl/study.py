@@ -100,7 +100,7 @@ class Study:
         content = read_given(params.predictions, self.store, f"predictions of arm '{params.name}' ({params.predictions})")
         judged = self.specs.rows(self.recipe.evaluation_split)
         ids = [str(name) for name in self.specs.index["image_id"].to_numpy()[judged]]
-        return read_predictions(params, content, ids, self.specs.classes)
+        return read_predictions(params, content, ids, self.specs.classes, findings=self.specs.findings)
 
     # -- state -------------------------------------------------------------------------------------------------
 

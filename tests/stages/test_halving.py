@@ -15,10 +15,11 @@ import pytest
 from pydantic import ValidationError
 
 from medssl.artifacts import Marker, folder
+from medssl.compute import Compute
 from medssl.errors import MedsslError, RecipeError
 from medssl.networks.encoder import build_encoder, save_weights
 from medssl.protocols import FineTune, LinearProbe, MlpProbe, Search
-from medssl.recipe import Compute, Recipe
+from medssl.recipe import Recipe
 from medssl.stages import evaluate
 from medssl.stages.context import Context, Opened
 from medssl.stages.halving import Halving, Outcome, Outcomes

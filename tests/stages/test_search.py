@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from medssl.compute import Compute
 from medssl.errors import MedsslError, NonFiniteLoss
 from medssl.protocols import Search
-from medssl.recipe import Compute
 from medssl.stages.search import Found, fan_out, search
 from medssl.store import Store, open_store
 

@@ -45,6 +45,33 @@ def label_draw(index: pd.DataFrame, *, labels: int | float | None, draw: int, sp
     return _first(candidates, _shares(counts, labels), draw)
 
 
+def finding_draw(index: pd.DataFrame, known_N: NDArray[np.bool_], *, labels: int | float | None, draw: int) -> NDArray[np.int64]:
+    """Row numbers of one draw of images of which a finding is known, sorted; a larger draw always contains the smaller one.
+
+    The images are ordered by a hash of (draw, image id) as for classes, but the draw is plain: images with several findings
+    belong to no one stratum.
+
+    Args:
+        index: `Dataset.index()`.
+        known_N: images that may be drawn.
+        labels: images to draw, or as a float below 1 the share of them; None takes all.
+        draw: number of the draw.
+
+    Raises:
+        DataError: there are no such images, or fewer than asked for.
+    """
+    rows = np.flatnonzero(known_N)
+    if not len(rows):
+        raise DataError("no training image has a known finding: the protocols need labels to train on")
+    if labels is None:
+        return rows
+    number = max(1, round(labels * len(rows))) if isinstance(labels, float) else labels
+    if number > len(rows):
+        raise DataError(f"labels is {labels}, but the training split has {len(rows)} images with a known finding: lower it")
+    ids = index["image_id"].to_numpy()
+    return np.sort(np.array(sorted(rows, key=lambda row: _rank(draw, str(ids[row])))[:number], dtype=np.int64))
+
+
 def _first(candidates: pd.DataFrame, share: dict[str, int], draw: int) -> NDArray[np.int64]:
     """Rows of each class's first images in the order of the draw, sorted."""
     chosen: list[int] = []

@@ -3,7 +3,7 @@
 Features are compared by cosine similarity. In the usual protocol (Wu et al., "Unsupervised Feature Learning via
 Non-Parametric Instance Discrimination", CVPR 2018) a neighbour votes for its class with weight exp(similarity / 0.07).
 
-Shapes: N images of the bank, Q queries, E feature width, K classes, B queries of one chunk.
+Shapes: N images of the bank, Q queries, E feature width, K classes, F findings, B queries of one chunk.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from medssl.metrics import UNKNOWN
 from medssl.params import Params
 
 _CHUNK_ENTRIES = 1 << 23
@@ -91,8 +92,42 @@ def knn_scores(
     return scores_QK
 
 
+def knn_finding_scores(
+    bank_NE: Tensor,
+    labels_NF: Tensor,
+    queries_QE: Tensor,
+    k: int,
+    *,
+    weights: Literal["similarity", "uniform"] = "similarity",
+    temperature: float = 0.07,
+    balanced: bool = True,
+) -> Tensor:
+    """Share (Q, F) of the votes that say a finding is there, from every query's k nearest of the images of which it is known.
+
+    Args:
+        labels_NF: 1 there, 0 not, UNKNOWN; see :func:`knn_scores` for the others.
+
+    Raises:
+        ValueError: as there; a finding is known of fewer than k images.
+    """
+    shares = []
+    for f in range(labels_NF.shape[1]):
+        known_N = labels_NF[:, f] != UNKNOWN
+        found_Q2 = knn_scores(
+            bank_NE[known_N], labels_NF[known_N, f], queries_QE, k, 2,
+            weights=weights, temperature=temperature, balanced=balanced,
+        )  # fmt: skip
+        shares.append(found_Q2[:, 1])
+    return torch.stack(shares, dim=1)
+
+
 def largest_useful_k(labels_N: Tensor, classes: int) -> int:
-    """Images of the rarest class that the bank has: with a larger k that class cannot fill a query's neighbourhood."""
+    """Images of the rarest class that the bank has: with a larger k that class cannot fill a query's neighbourhood.
+
+    Of findings the least of the images with one, and of those known to be without one.
+    """
+    if labels_N.ndim == 2:
+        return min(largest_useful_k(label_N[label_N != UNKNOWN], 2) for label_N in labels_N.T)
     counts_K = torch.bincount(labels_N.long(), minlength=classes)
     return int(counts_K[counts_K > 0].min())
 
@@ -102,9 +137,13 @@ def k_warning(k: int, labels_N: Tensor, classes: Sequence[str]) -> str | None:
 
     Args:
         k: neighbours that vote.
-        labels_N: class indices of the bank.
-        classes: names of the K classes.
+        labels_N: class indices of the bank, or labels (N, F) of findings.
+        classes: names of the K classes or F findings.
     """
+    if labels_N.ndim == 2:
+        named = ([f"no {name}", name] for name in classes)
+        found = (k_warning(k, each_N[each_N != UNKNOWN], pair) for each_N, pair in zip(labels_N.T, named, strict=True))
+        return next((warning for warning in found if warning is not None), None)
     most = largest_useful_k(labels_N, len(classes))
     if k <= most:
         return None

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from medssl.probes.links import activated
 from medssl.probes.lockstep import HeadTraining, Lesson, LockstepOptimiser, fold, per_head, schedule_factor
 from medssl.views import generator_for
 
@@ -44,7 +45,7 @@ def train_linear_heads(
 
     Args:
         features_NE: features of the labelled images, on the device to train on.
-        labels_N: class indices.
+        labels_N: class indices, or labels (N, F) of findings, each a logistic regression of its own.
         classes: K; a class may have no image.
         seeds: one per head. A seed may stand there again with another learning rate: a grid is one pack.
         learning_rate, weight_decay: for all heads, or one per head.
@@ -65,17 +66,15 @@ def train_linear_heads(
     optimiser = LockstepOptimiser(params.optimiser, [weights_SKE, biases_SK], decays_S)
     for step in lesson.steps():
         factor = schedule_factor(params.schedule, step.number, lesson.total_steps)
-        slope_SBK = torch.softmax(torch.baddbmm(biases_SK[:, None], step.inputs_SBE, weights_SKE.mT), dim=2)
-        slope_SBK -= step.targets_SBK
-        slope_SBK *= step.weights_SB1
+        slope_SBK = lesson.slope(torch.baddbmm(biases_SK[:, None], step.inputs_SBE, weights_SKE.mT), step)
         optimiser.step([torch.bmm(slope_SBK.mT, step.inputs_SBE), slope_SBK.sum(dim=1)], rates_S * factor)
     return fold(weights_SKE, biases_SK, lesson.mean_E, lesson.scale_E)
 
 
-def predict_heads(features_NE: Tensor, weights_SKE: Tensor, biases_SK: Tensor) -> Tensor:
-    """Class probabilities (S, N, K) of every head."""
+def predict_heads(features_NE: Tensor, weights_SKE: Tensor, biases_SK: Tensor, *, findings: bool = False) -> Tensor:
+    """Probabilities (S, N, K) of classes, or of findings, of every head."""
     logits_SNK = torch.baddbmm(biases_SK[:, None], features_NE.expand(len(weights_SKE), -1, -1), weights_SKE.mT)
-    return torch.softmax(logits_SNK, dim=2)
+    return activated(logits_SNK, findings=findings)
 
 
 def _initial(seeds: Sequence[int], classes: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,12 @@
 Every head has its own row in each tensor, so that a step of all heads is a few batched matrix products, and a head comes out
 the same whatever others are in the pack.
 
-Shapes: S heads (seeds), N images, P augmented passes, E feature width, K classes, B batch, R rows of the table (P * N).
+Labels are of classes (N,), for softmax and cross-entropy, or of findings (N, F) as in `medssl.metrics`, for a sigmoid and
+binary cross-entropy each: summed over the findings, so that each finding of a linear head is a logistic regression of its own,
+on the images of which it is known.
+
+Shapes: S heads (seeds), N images, P augmented passes, E feature width, K classes or findings, B batch, R rows of the table
+(P * N).
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from torch import Tensor
 
 from medssl.optim import one_cycle, warmup_cosine
 from medssl.params import Params
+from medssl.probes.links import activated, check_labels, finding_weights
 from medssl.views import ViewParams, generator_for
 
 Chance = Literal["head", "order", "augmentation"]
@@ -33,7 +39,8 @@ class HeadTraining(Params):
     optimiser: Literal["adam", "sgd"] = "adam"
     """adam: betas 0.9 and 0.999. sgd: momentum 0.9. Weight decay is an L2 penalty in both, biases are excluded."""
     class_weights: Literal["balanced", "none"] = "balanced"
-    """balanced: an image weighs (labels / classes present / labels of its class)."""
+    """balanced: an image weighs (labels / classes present / labels of its class); of a finding, images with and without it weigh
+    the same together."""
     standardise: bool = True
     """Train on features with mean 0 and standard deviation 1 over the labelled images; the returned heads undo it."""
     vary: tuple[Chance, ...] = ("head", "order", "augmentation")
@@ -69,9 +76,10 @@ class Step(NamedTuple):
     inputs_SBE: Tensor
     """Standardised features."""
     targets_SBK: Tensor
-    """One-hot labels."""
-    weights_SB1: Tensor
-    """What an image's loss counts in the sum: its class's weight over the size of the batch."""
+    """One-hot labels, or 1 for each finding that is there."""
+    weights_SBK: Tensor
+    """What an image's loss counts in the sum: its class's weight over the size of the batch, (S, B, 1); of findings each its own,
+    0 where it is not known."""
 
 
 class Lesson:
@@ -91,8 +99,8 @@ class Lesson:
         self.mean_E, self.scale_E = _standardisation(features_NE) if params.standardise else _identity(features_NE)
         table = features_NE[None] if bank_PNE is None or not params.bank_passes else bank_PNE
         self._table_RE = ((table - self.mean_E) / self.scale_E).flatten(0, 1).to(torch.float32)
-        self._targets_NK = torch.nn.functional.one_hot(labels_N.long(), classes).to(torch.float32)
-        self._weights_N = _class_weights(labels_N, classes, params.class_weights)[labels_N.long()]
+        self._targets_NK, self._weights_NK = _targets_and_weights(labels_N, classes, params.class_weights)
+        self._findings = labels_N.ndim == 2
         orders = seeds if "order" in params.vary else [order_seed] * len(seeds)
         self._chance = _Chance(seeds, orders, len(labels_N), len(table))
         self.steps_per_epoch = math.ceil(len(labels_N) / params.batch_size)
@@ -106,11 +114,17 @@ class Lesson:
             for step in range(self.steps_per_epoch):
                 part = slice(step * size, (step + 1) * size)
                 images_SB = images_SN[:, part]
-                weights_SB1 = self._weights_N[images_SB][:, :, None] / images_SB.shape[1]
                 yield Step(
                     epoch * self.steps_per_epoch + step, epoch, self._table_RE[rows_SN[:, part]], self._targets_NK[images_SB],
-                    weights_SB1,
+                    self._weights_NK[images_SB] / images_SB.shape[1],
                 )  # fmt: skip
+
+    def slope(self, logits_SBK: Tensor, step: Step) -> Tensor:
+        """Gradient (S, B, K) of the loss of a step by the logits; both losses have the same form."""
+        slope_SBK = activated(logits_SBK, findings=self._findings)
+        slope_SBK -= step.targets_SBK
+        slope_SBK *= step.weights_SBK
+        return slope_SBK
 
 
 def schedule_factor(name: str, step: int, steps: int) -> float:
@@ -199,6 +213,15 @@ def _identity(features_NE: Tensor) -> tuple[Tensor, Tensor]:
     return zeros_E, torch.ones_like(zeros_E)
 
 
+def _targets_and_weights(labels_N: Tensor, classes: int, kind: Literal["balanced", "none"]) -> tuple[Tensor, Tensor]:
+    """Targets (N, K), and weights (N, 1) of classes or (N, F) of findings."""
+    if labels_N.ndim == 1:
+        labels_N = labels_N.long()
+        targets_NK = torch.nn.functional.one_hot(labels_N, classes).to(torch.float32)
+        return targets_NK, _class_weights(labels_N, classes, kind)[labels_N][:, None]
+    return (labels_N == 1).to(torch.float32), finding_weights(labels_N, kind)
+
+
 def _class_weights(labels_N: Tensor, classes: int, kind: str) -> Tensor:
     """Weight of an image of each class (K,); the mean over the images is 1."""
     counts_K = torch.bincount(labels_N.long(), minlength=classes).to(torch.float32)
@@ -208,11 +231,10 @@ def _class_weights(labels_N: Tensor, classes: int, kind: str) -> Tensor:
 
 
 def _check(features_NE: Tensor, labels_N: Tensor, classes: int, bank_PNE: Tensor | None) -> None:
-    if features_NE.ndim != 2 or labels_N.shape != features_NE.shape[:1] or len(labels_N) == 0:
+    if features_NE.ndim != 2 or labels_N.shape[:1] != features_NE.shape[:1] or len(labels_N) == 0:
         shapes = f"features {tuple(features_NE.shape)} and labels {tuple(labels_N.shape)}"
-        raise ValueError(f"{shapes}: expected (N, E) and (N,) with at least one image")
-    if int(labels_N.min()) < 0 or int(labels_N.max()) >= classes:
-        raise ValueError(f"labels lie in {int(labels_N.min())}..{int(labels_N.max())}: expected 0..{classes - 1}")
+        raise ValueError(f"{shapes}: expected (N, E) and (N,), or (N, F) of findings, with at least one image")
+    check_labels(labels_N, classes)
     if bank_PNE is not None and bank_PNE.shape[1:] != features_NE.shape:
         raise ValueError(f"bank {tuple(bank_PNE.shape)} does not fit features {tuple(features_NE.shape)}")
     for name, values in (("features", features_NE), ("bank", bank_PNE)):

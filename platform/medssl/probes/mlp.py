@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from medssl.probes.links import activated
 from medssl.probes.lockstep import HeadTraining, Lesson, LockstepOptimiser, fold, per_head, schedule_factor
 from medssl.views import generator_for
 
@@ -99,9 +100,7 @@ def _train_pack(
         else:
             factor = schedule_factor(params.schedule, step.number, lesson.total_steps)
         hidden_SBH = torch.baddbmm(heads.hidden_bias_SH[:, None], step.inputs_SBE, heads.hidden_SHE.mT).relu_()
-        slope_SBK = torch.softmax(torch.baddbmm(heads.out_bias_SK[:, None], hidden_SBH, heads.out_SKH.mT), dim=2)
-        slope_SBK -= step.targets_SBK
-        slope_SBK *= step.weights_SB1
+        slope_SBK = lesson.slope(torch.baddbmm(heads.out_bias_SK[:, None], hidden_SBH, heads.out_SKH.mT), step)
         slope_SBH = torch.bmm(slope_SBK, heads.out_SKH)
         slope_SBH *= hidden_SBH > 0
         gradients = [
@@ -112,11 +111,11 @@ def _train_pack(
     return MlpHeads(*fold(heads.hidden_SHE, heads.hidden_bias_SH, lesson.mean_E, lesson.scale_E), *heads[2:])
 
 
-def predict_mlp_heads(features_NE: Tensor, heads: MlpHeads) -> Tensor:
-    """Class probabilities (S, N, K) of every head."""
+def predict_mlp_heads(features_NE: Tensor, heads: MlpHeads, *, findings: bool = False) -> Tensor:
+    """Probabilities (S, N, K) of classes, or of findings, of every head."""
     inputs_SNE = features_NE.expand(len(heads.hidden_SHE), -1, -1)
     hidden_SNH = torch.baddbmm(heads.hidden_bias_SH[:, None], inputs_SNE, heads.hidden_SHE.mT).relu_()
-    return torch.softmax(torch.baddbmm(heads.out_bias_SK[:, None], hidden_SNH, heads.out_SKH.mT), dim=2)
+    return activated(torch.baddbmm(heads.out_bias_SK[:, None], hidden_SNH, heads.out_SKH.mT), findings=findings)
 
 
 def _initial(seeds: Sequence[int], width: int, hidden: int, classes: int, device: torch.device) -> MlpHeads:

@@ -16,8 +16,8 @@ import ray
 from numpy.typing import NDArray
 
 from medssl.artifacts import folder, publish, read_marker
+from medssl.compute import Compute
 from medssl.errors import MedsslError
-from medssl.recipe import Compute
 from medssl.stages.context import Context, Opened
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 
 from medssl.artifacts import Marker, folder, publish, read_marker
 from medssl.calibration import fit_temperature
+from medssl.compute import Compute
 from medssl.errors import DataError
-from medssl.metrics import SCORES
+from medssl.metrics import SCORES, UNKNOWN
 from medssl.protocols import FineTune, Probe, Protocol
-from medssl.recipe import Arm, Compute, Recipe
+from medssl.recipe import Arm, Recipe
 from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress
 from medssl.stages.search import OnEpoch, fan_out, search
@@ -207,7 +208,8 @@ def _fit_probe(
         bank = torch.from_numpy(_load(place.read("bank.npy"))[:, bank_position(rows)])
     labels, classes = torch.from_numpy(opened.specs.labels(rows)), len(opened.specs.classes)
     heads = fit_heads(protocol.probe, torch.from_numpy(table[position(rows)]), labels, classes, list(seeds), point, bank)
-    probabilities = apply_heads(protocol.probe, heads, torch.from_numpy(table[position(judged)]), classes)
+    judged_NE, findings = torch.from_numpy(table[position(judged)]), opened.specs.findings
+    probabilities = apply_heads(protocol.probe, heads, judged_NE, classes, findings=findings)
     files = [{"head.safetensors": _head_bytes(head)} for head in heads]
     return Fitted(probabilities.numpy().astype(np.float32), files, [{} for _ in heads])
 
@@ -255,6 +257,7 @@ def _publish(
         "encoder_artifact": task.encoder if protocol.kind != "fine_tune" else None,
         "images": asdict(opened.recipe.decoding),
         "classes": opened.specs.classes,
+        "task": "findings" if opened.specs.findings else "classes",
         "temperature": temperature,
     }
     index, classes = opened.specs.index, opened.specs.classes
@@ -275,12 +278,19 @@ def _publish(
 def predictions_table(
     index: pd.DataFrame, labels: NDArray[np.int64], classes: list[str], probabilities_NK: NDArray[np.float32], seed: int
 ) -> bytes:
-    """Predictions as stored: image, patient, true class, head seed, and `p_k` for each class."""
+    """Predictions as stored: image, patient, true class, head seed, and `p_k` for each class.
+
+    Of findings `y_k` of each stands in place of the class: 1 there, 0 not, null where it is not known.
+    """
+    if labels.ndim == 2:
+        known_NF = labels != UNKNOWN
+        truth = {f"y_{k}": pa.array(labels[:, k], pa.int8(), mask=~known_NF[:, k]) for k in range(len(classes))}
+    else:
+        truth = {"label": pa.array(labels, pa.int32()), "label_name": pa.array([classes[k] for k in labels], pa.string())}
     table = pa.table({
         "image_id": pa.array(index["image_id"].tolist(), pa.string()),
         "patient_id": pa.array([None if pd.isna(p) else str(p) for p in index["patient_id"]], pa.string()),
-        "label": pa.array(labels, pa.int32()),
-        "label_name": pa.array([classes[k] for k in labels], pa.string()),
+        **truth,
         "seed": pa.array(np.full(len(labels), seed), pa.int32()),
         **{f"p_{k}": pa.array(probabilities_NK[:, k], pa.float32()) for k in range(len(classes))},
     })  # fmt: skip

@@ -58,6 +58,8 @@ def predict(
 ) -> Predictions:
     """Writes image, predicted class and the probability of each class for image files (or folders of them).
 
+    Of findings: those with a probability above one half, joined by `|`, and the probability of each.
+
     Args:
         arm: name of an arm of a finished study in the store, or the name (or URI) of an evaluate artifact in it.
         out: .csv or .parquet; written whole or not at all.
@@ -102,8 +104,8 @@ def predict(
         raise DataError(f"none of the {len(paths)} images could be read; the first: {rejected[0][0]}: {rejected[0][1]}")
     found_NK = np.concatenate(parts)
     if calibrated and model.temperature is not None:
-        found_NK = apply_temperature(found_NK, model.temperature).astype(np.float32)
-    _write(out, kept, found_NK, model.classes)
+        found_NK = apply_temperature(found_NK, model.temperature, findings=model.findings).astype(np.float32)
+    _write(out, kept, found_NK, model.classes, findings=model.findings)
     return Predictions(out, len(kept), rejected)
 
 
@@ -123,13 +125,15 @@ class Model:
     """How the network was fine-tuned: it says whether images are taken in augmented passes."""
     temperature: float | None
     """Fitted on the study's validation images; None where there were none apart."""
+    findings: bool
+    """Whether `classes` are findings, several of which an image can have."""
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """An encoded image as the study decoded its own: (H, W, C) uint8."""
         return self.decoding.decode(data)
 
     def probabilities(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Class probabilities (B, K)."""
+        """Probabilities (B, K) of classes or findings."""
         from medssl.probes.colour import colour_features
         from medssl.views import eval_view
 
@@ -141,7 +145,8 @@ class Model:
         else:
             with torch.inference_mode():
                 features_BE = self.encoder(eval_view(torch.from_numpy(images_BHWC), self.encoder_params)).float()
-        probabilities: NDArray[np.float32] = apply_heads(self.probe, [self.head], features_BE, len(self.classes))[0].numpy()
+        found_SBK = apply_heads(self.probe, [self.head], features_BE, len(self.classes), findings=self.findings)
+        probabilities: NDArray[np.float32] = found_SBK[0].numpy()
         return probabilities
 
     def _by_network(
@@ -152,7 +157,8 @@ class Model:
         head = torch.nn.Linear(self.head["weight"].shape[1], len(self.classes))
         head.load_state_dict(dict(self.head))
         network = torch.nn.Sequential(encoder, head)
-        found_BK = probabilities(network, torch.from_numpy(images_BHWC), params, self.training or FineTuneParams())
+        stored_BHWC, training = torch.from_numpy(images_BHWC), self.training or FineTuneParams()
+        found_BK = probabilities(network, stored_BHWC, params, training, findings=self.findings)
         found: NDArray[np.float32] = found_BK.numpy()
         return found
 
@@ -195,7 +201,7 @@ def load_model(store: Store, name: str) -> Model:
         encoder.eval()
     return Model(
         facts["classes"], facts["features"], params, Decoding(**facts["images"]), encoder, head, probe, training,
-        facts.get("temperature"),
+        facts.get("temperature"), facts.get("task") == "findings",
     )  # fmt: skip
 
 
@@ -257,10 +263,16 @@ def _files(images: Sequence[str]) -> Iterator[Path]:
             raise DataError(f"no image or folder at {path}")
 
 
-def _write(out: Path, paths: list[str], probabilities_NK: NDArray[np.float32], classes: list[str]) -> None:
+def _write(
+    out: Path, paths: list[str], probabilities_NK: NDArray[np.float32], classes: list[str], *, findings: bool
+) -> None:
+    if findings:
+        predicted = ["|".join(name for name, p in zip(classes, row_K, strict=True) if p > 0.5) for row_K in probabilities_NK]
+    else:
+        predicted = [classes[k] for k in probabilities_NK.argmax(axis=1)]
     table = pd.DataFrame({
         "image": paths,
-        "predicted": [classes[k] for k in probabilities_NK.argmax(axis=1)],
+        "predicted": predicted,
         **{f"p_{name}": probabilities_NK[:, k] for k, name in enumerate(classes)},
     })  # fmt: skip
     partial = out.with_name(f".{out.stem}-{uuid.uuid4().hex[:8]}{out.suffix}")

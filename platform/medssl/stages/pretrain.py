@@ -22,12 +22,12 @@ import ray
 
 from medssl.artifacts import Marker, folder, publish
 from medssl.bag_rows import StreamBagFeed, ensure_packed
+from medssl.compute import Compute
 from medssl.datasets.dataset import open_dataset
 from medssl.datasets.read import Decoding
 from medssl.errors import MedsslError, NonFiniteLoss, StoreError
 from medssl.filesystem import retrying_filesystem
 from medssl.mixes import Source, joined_index, shown
-from medssl.recipe import Compute
 from medssl.rows import open_resident
 from medssl.stages.cluster import require_gpus
 from medssl.stages.initial import STAGED, GivenWeights, facts_of

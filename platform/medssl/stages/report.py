@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from medssl.stages import report_comparisons as comparisons
 from medssl.stages import report_embedding as pictures
 from medssl.stages import report_figures as figures
+from medssl.stages import report_findings as findings
 from medssl.stages import report_grids as grids
 from medssl.stages import report_judged as judged
 from medssl.stages import report_tables as tables
@@ -61,7 +62,7 @@ def compose(data: ReportData) -> Page:
         ("scores", "Scores", _scores),
         ("comparisons", "Comparisons", _comparisons),
         ("seeds", "Scores over seeds", _seeds),
-        ("classes", "Class by class", _classes),
+        ("classes", "Finding by finding" if data.findings else "Class by class", _classes),
         ("believed", "Can the probabilities be believed?", believed),
         ("units", "Per patient and per bag", judged.units),
         ("labels", "With fewer labels", label_curves),
@@ -122,6 +123,9 @@ def _seeds(data: ReportData) -> list[Block | None]:
 
 
 def _classes(data: ReportData) -> list[Block | None]:
+    if data.findings:
+        areas: list[Block | None] = [findings.auc_table(data, protocol) for protocol in protocol_order(data)]
+        return [*areas, *judged.class_tables(data), *findings.call_tables(data)]
     recalls: list[Block | None] = [tables.recall_table(data, protocol) for protocol in protocol_order(data)]
     return [*recalls, *judged.class_tables(data), grids.confusion_matrices(data)]
 
@@ -139,7 +143,7 @@ def _data(data: ReportData) -> list[Block | None]:
 
 
 def _of_dataset(facts: DatasetFacts) -> list[Block | None]:
-    return [tables.counts_table(facts), tables.bags_table(facts), tables.card_table(facts)]
+    return [tables.counts_table(facts), findings.known_table(facts), tables.bags_table(facts), tables.card_table(facts)]
 
 
 def _run(data: ReportData) -> list[Block | None]:

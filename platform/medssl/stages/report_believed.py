@@ -27,10 +27,16 @@ def believed(data: ReportData) -> list[Block | None]:
         "A probability can be believed where eight of ten images are named rightly that are given 0.8. Confidence above accuracy "
         "is being too sure, below it too unsure."
     )
+    if data.findings:
+        text += (
+            " Here an image counts once for each finding that is known of it: named rightly is a finding that is there and is "
+            "said to be, or is not and is said not to be; the probability is that of what is said."
+        )
     if back:
         text += (
-            " These classifiers were trained with class weights, as if all classes were equally frequent; where they are not, "
-            "their probabilities cannot fit. The corrected columns and the dashed lines put the class frequencies of the "
+            f" These classifiers were trained with class weights, as if all {'' if data.findings else 'classes '}were equally "
+            "frequent; where they are not, their probabilities cannot fit. The corrected columns and the dashed lines put the "
+            f"{'frequencies of the findings in the' if data.findings else 'class frequencies of the'} "
             "labelled training images back by Bayes' rule, without a look at the judged images."
         )
     return [Text(text), reliability_plots(data), calibration_table(data), *_prior_tables(data), decision_plots(data)]
@@ -102,7 +108,7 @@ def calibration_table(data: ReportData) -> Table | None:
     ]  # fmt: skip
     caption = (
         "Calibration, mean over all runs. ECE: distance of accuracy from confidence, mean over images in 15 bins. Brier score: "
-        "squared distance of the probabilities from the label, 0 to 2. Lower is better for both."
+        f"squared distance of the probabilities from the label, 0 to {1 if data.findings else 2}. Lower is better for both."
     )
     if scaled:
         caption += (

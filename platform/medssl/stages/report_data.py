@@ -42,6 +42,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "priors": ("arm", "protocol", "metric", "measured", "as_it_is", "corrected"),
     "units": ("unit", "arm", "protocol", "metric", "per_image", "per_unit"),
+    "finding_calls": ("arm", "protocol", "finding", "hits", "misses", "false_alarms", "rejections"),
     "shifted": ("set", "arm", "protocol", "metric", "home", "away"),
     "subgroups": (
         "column", "group", "arm", "protocol", "metric", "images", "patients", "classes", "score", "low", "high",
@@ -112,6 +113,8 @@ class DatasetFacts:
     """Content digest of images and labels, as in the card."""
     bags: Mapping[int, int] = field(default_factory=dict)
     """Number of bags by number of images, of the images for pretraining; empty where no arm pretrains on bags."""
+    findings: Mapping[str, Mapping[str, tuple[int, int, int]]] = field(default_factory=dict)
+    """Images with a finding, without it, and of which it is not known, by split and finding; empty where images have classes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +227,8 @@ class ReportData:
     description: str = ""
     split: str = "test"
     """Split that the scores were measured on: test or val."""
+    findings: bool = False
+    """Whether images have several findings in place of one class; what is said of classes is said of findings then."""
     main_metric: str = "balanced_accuracy"
     """The metric that the plain-language result and the figures use."""
     main_protocol: str | None = None
@@ -257,6 +262,8 @@ class ReportData:
     """By (arm, protocol)."""
     class_scores: pd.DataFrame = field(default_factory=lambda: empty("class_scores"))
     """Scores of each class against the rest, mean over the runs; precision over those that predict the class at all."""
+    finding_calls: pd.DataFrame = field(default_factory=lambda: empty("finding_calls"))
+    """Of findings: images in which each is there and named, there and not, not there and named, neither; mean over the runs."""
     specificity: float = 0.95
     """That `sensitivity` in the class scores is at."""
     calibration: pd.DataFrame = field(default_factory=lambda: empty("calibration"))

@@ -32,20 +32,24 @@ def class_tables(data: ReportData) -> list[Block | None]:
         for number, arm in enumerate(arms[i] for i in order):
             table = _class_table(data, frame[(frame["arm"] == arm) & (frame["protocol"] == protocol)], arm, protocol)
             (shown if number < _SHOWN_ARMS else folded).append(table)
-    return [*shown, Fold("The other arms, class by class", folded) if folded else None]
+    how = "finding by finding" if data.findings else "class by class"
+    return [*shown, Fold(f"The other arms, {how}", folded) if folded else None]
 
 
 def _class_table(data: ReportData, mine: pd.DataFrame, arm: str, protocol: str) -> Table:
     names = ("precision", "recall", "f1", "auc", "average_precision", "sensitivity")
     lines = [[str(row["class"]), count(row["images"]), *(number3(row[name]) for name in names)] for _, row in mine.iterrows()]
     columns = [
-        Column("class"), Column("images", data.judged, True), Column("precision", "", True), Column("recall", "", True),
+        Column("finding" if data.findings else "class"),
+        Column("images", f"{data.judged}, with it" if data.findings else data.judged, True),
+        Column("precision", "", True), Column("recall", "", True),
         Column("F1", "", True), Column("AUC", "", True), Column("average precision", "", True),
         Column("sensitivity", f"at {data.specificity:.4g} specificity", True),
     ]  # fmt: skip
+    each = "each finding, in the images of which it is known" if data.findings else "each class against the rest"
     caption = (
-        f"{arm}, {title_of(protocol)}: each class against the rest, mean over all runs (precision: over the runs that name the "
-        "class at all)."
+        f"{arm}, {title_of(protocol)}: {each}, mean over all runs (precision: over the runs that name the "
+        f"{'finding' if data.findings else 'class'} at all)."
     )
     return Table(caption, columns, lines)
 
@@ -134,7 +138,8 @@ def _group_table(data: ReportData, mine: pd.DataFrame, column: str, metric: str,
         sizes = [count(first[name]) for name in ("images", "patients", "classes")]
         lines.append([group, *sizes, *(_with_interval(rows[arm]) if arm in rows else NONE for arm in arms)])
     columns = [
-        Column(title_of(column)), Column("images", "", True), Column("patients", "", True), Column("classes", "present", True),
+        Column(title_of(column)), Column("images", "", True), Column("patients", "", True),
+        Column("findings" if data.findings else "classes", "present", True),
         *(Column(arm, metric_title(metric), True) for arm in arms),
     ]  # fmt: skip
     return Table(f"{metric_title(metric)} by {title_of(column)}, {title_of(protocol)}.", columns, lines)

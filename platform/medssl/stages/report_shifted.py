@@ -17,6 +17,11 @@ def shifted_sets(data: ReportData) -> list[Block | None]:
         f"{data.judged} images of the classes that the set has, and probabilities are those of these classes alone, as on the "
         "set: the rest of the difference is the other images."
     )
+    if data.findings:
+        about = (
+            "The classifiers above, applied to other data as they are. A score at home is over the study's own "
+            f"{data.judged} images and the findings that the set has."
+        )
     blocks: list[Block | None] = [Text(about), *(Text(note) for note in data.shifted_notes)]
     metrics = [metric for metric in metric_order(data) if (frame["metric"] == metric).any()]
     tables = [(metric, _table(data, str(name), metric)) for name in frame["set"].unique() for metric in metrics]

@@ -157,7 +157,7 @@ def counts_table(facts: DatasetFacts) -> Table | None:
         return None
     splits = sorted(facts.counts, key=lambda s: (place(("train", "validation", "test"), s), s))
     names = sorted({c for split in facts.counts.values() for c in split})
-    lines = [[name, *(count(facts.counts[s].get(name, 0)) for s in splits)] for name in names]
+    lines = [[name, *(count(facts.counts[s].get(name, 0)) for s in splits)] for name in names if not facts.findings]
     lines = [[*line, count(sum(facts.counts[s].get(line[0], 0) for s in splits))] for line in lines]
     sums = [sum(facts.counts[s].values()) for s in splits]
     lines.append(["all images", *(count(n) for n in sums), count(sum(sums))])
@@ -165,8 +165,9 @@ def counts_table(facts: DatasetFacts) -> Table | None:
         groups = [count(facts.groups[s]) if s in facts.groups else NONE for s in splits]
         together = NONE if facts.leakage_allowed else count(sum(facts.groups.values()))  # the same patient twice
         lines.append(["patients", *groups, together])
-    columns = [Column("class"), *(Column(s, "images", True) for s in splits), Column("together", "images", True)]
-    return Table(f"Dataset {facts.name} ({facts.role}): images by split and class.", columns, lines)
+    what = "" if facts.findings else "class"
+    columns = [Column(what), *(Column(s, "images", True) for s in splits), Column("together", "images", True)]
+    return Table(f"Dataset {facts.name} ({facts.role}): images by split{' and class' if what else ''}.", columns, lines)
 
 
 def card_table(facts: DatasetFacts) -> Table:

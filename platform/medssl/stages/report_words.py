@@ -23,6 +23,7 @@ from medssl.stages.report_data import (
     complete,
     protocol_order,
 )
+from medssl.stages.report_meanings import meaning
 from medssl.stages.report_page import Text
 from medssl.stages.report_tables import on_edge
 from medssl.stages.report_text import (
@@ -46,28 +47,6 @@ _WITHOUT_SEEDS = ("colour", "outside")
 """Kinds of arms that have no pretraining to be repeated."""
 _FEW_LOOK_ALIKES = 0.01
 """Share of the judged images up to which look-alikes in other splits are counted without a caution."""
-
-MEANINGS = {
-    "accuracy": "Accuracy is the share of images that were named correctly.",
-    "balanced_accuracy": (
-        "Balanced accuracy is the mean over the classes of the share of a class's images that were named correctly, so "
-        "that rare classes count as much as common ones."
-    ),
-    "f1_macro": "Macro F1 is the mean over the classes of the harmonic mean of recall and precision.",
-    "f1_weighted": "Weighted F1 is the harmonic mean of recall and precision, averaged over images.",
-    "auc": (
-        "AUC (one-vs-rest) is the chance that an image of a class is ranked above an image of another class, averaged "
-        "over classes; 0.5 is guessing."
-    ),
-    "average_precision": (
-        "Average precision is the precision averaged over the thresholds that find one image of a class after the other, "
-        "averaged over classes; guessing gives a class's share of the images."
-    ),
-    "expected_calibration_error": (
-        "The calibration error (ECE) is how far the classifier's confidence is from the share of images that it names correctly; "
-        "lower is better."
-    ),
-}
 
 
 def verdicts(data: ReportData) -> list[Text]:
@@ -194,7 +173,7 @@ def about_plan(data: ReportData) -> Text | None:
 
 def _in_hundred(data: ReportData, first: float, second: float, better: str, than: str) -> str:
     drawn = {"accuracy": "images", "balanced_accuracy": "images drawn evenly from all classes"}.get(data.main_metric)
-    if drawn is None or not (math.isfinite(first) and math.isfinite(second)):
+    if drawn is None or data.findings or not (math.isfinite(first) and math.isfinite(second)):
         return ""
     of = 100 if round(100 * first) != round(100 * second) else 1000
     named = f"{better} names about {of * first:.0f} correctly and {than} about {of * second:.0f}"
@@ -244,16 +223,16 @@ def basis(data: ReportData) -> list[Text]:
     """On how many images and patients the scores were measured, what the metric means, what the interval covers."""
     tested = [facts for facts in data.datasets if facts.evaluated and facts.counts.get(data.split)]
     texts = [Text(_measured_on(data, facts)) for facts in tested]
-    meaning = MEANINGS.get(data.main_metric, "")
+    said = meaning(data.main_metric, findings=data.findings)
     classes = max((_class_number(f, data.split) for f in data.datasets if f.evaluated), default=0)
-    if meaning and data.main_metric == "balanced_accuracy" and classes > 1:
-        meaning += f" Guessing among {classes} classes gives {number3(1 / classes)}."
+    if said and data.main_metric == "balanced_accuracy" and classes > 1 and not data.findings:
+        said += f" Guessing among {classes} classes gives {number3(1 / classes)}."
     if not complete(data.comparisons, "comparisons").empty:
-        meaning += (
+        said += (
             " An interval allows for chance in the pretraining, in which images were labelled, in the start of the "
             "classifier, and in which patients were judged, as far as the study repeats each."
         )
-    texts += [Text(meaning.strip())] if meaning else []
+    texts += [Text(said.strip())] if said else []
     return [*texts, Text("A research result; not for decisions about patients.")]
 
 

@@ -15,9 +15,9 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from medssl.artifacts import digest_json
+from medssl.compute import Compute
 from medssl.errors import MedsslError, NonFiniteLoss
 from medssl.protocols import Search
-from medssl.recipe import Compute
 from medssl.stages.halving import Halving, Outcome, Outcomes, Point
 from medssl.stages.progress import OnProgress
 from medssl.stages.trials import Watch, concurrent_trials, fan_out, guarded, run_trials, short_names

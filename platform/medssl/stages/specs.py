@@ -16,7 +16,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medssl.artifacts import Marker, artifact_name, digest_json
-from medssl.datasets.draws import label_draw
+from medssl.datasets.draws import finding_draw, label_draw
+from medssl.datasets.findings import finding_labels
+from medssl.metrics import UNKNOWN
 from medssl.mixes import seen_elsewhere
 from medssl.protocols import Probe, Protocol
 from medssl.recipe import Arm, Recipe
@@ -90,12 +92,17 @@ class Specs:
     recipe: Recipe
     index: pd.DataFrame
     classes: list[str]
+    """Of the dataset; where the recipe names findings, these take their place."""
     weights_digests: Mapping[str, str] = field(default_factory=dict)
     """Digest of the weights that arms start from, by the arm's name."""
     others: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     """Indexes of the further datasets of mixes and shifted sets, by their names in the recipe."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Digest of the source file of users' own encoders, by the encoder's name."""
+
+    def __post_init__(self) -> None:
+        if self.recipe.findings is not None:
+            self.classes = list(self.recipe.findings.names)
 
     def pretraining_seeds(self, arm: Arm, protocol: Protocol | None = None) -> range:
         """Seeds of an arm; one for features without chance."""
@@ -156,7 +163,9 @@ class Specs:
     def shifted(self) -> dict[str, ShiftedSet]:
         """The shifted sets by name; RecipeError where one has no classes of the study."""
         return {
-            each.name: shifted_set(each, each.dataset, self.others[each.dataset], self.index, self.classes)
+            each.name: shifted_set(
+                each, each.dataset, self.others[each.dataset], self.index, self.classes, self.recipe.findings
+            )
             for each in self.recipe.shifted
         }
 
@@ -193,6 +202,7 @@ class Specs:
             "search": protocol.search.canonical(),
             "training": _training(protocol),
             "classes": self.classes,
+            **self._task,
             **self._network(arm, protocol),
         }
         rows = self.rows(VALIDATION)
@@ -212,6 +222,7 @@ class Specs:
             "point": dict(point),
             "seed": head_seed,
             "classes": self.classes,
+            **self._task,
             **self._network(cell.arm, cell.protocol),
         }
         drawn, test = self.draw(cell.label_draw, cell.protocol), self.rows(self.recipe.evaluation_split)
@@ -251,7 +262,10 @@ class Specs:
         return Spec("transfer", {"classes": shifted.shared}, inputs, f"{evaluation.label} on {shifted.params.name}", images)
 
     def rows(self, split: str) -> NDArray[np.int64]:
-        """Row numbers of the labelled images of a split."""
+        """Row numbers of the labelled images of a split: those with a class, or of which a finding is known."""
+        if self._findings is not None:
+            inside = (self.index["split"] == split).to_numpy() & (self._findings != UNKNOWN).any(axis=1)
+            return np.flatnonzero(inside).astype(np.int64)
         return self.index.index[(self.index["split"] == split) & self.index["label"].notna()].to_numpy(dtype=np.int64)
 
     def draw(self, number: int, protocol: Protocol | None = None) -> NDArray[np.int64]:
@@ -265,13 +279,34 @@ class Specs:
 
     def _draw(self, number: int, labels: int | float | None) -> NDArray[np.int64]:
         if (number, labels) not in self._draws:
-            self._draws[number, labels] = label_draw(self.index, labels=labels, draw=number, split=TRAIN)
+            if self._findings is not None:
+                known = (self.index["split"] == TRAIN).to_numpy() & (self._findings != UNKNOWN).any(axis=1)
+                self._draws[number, labels] = finding_draw(self.index, known, labels=labels, draw=number)
+            else:
+                self._draws[number, labels] = label_draw(self.index, labels=labels, draw=number, split=TRAIN)
         return self._draws[number, labels]
 
     def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Class indices of labelled rows."""
+        """Class indices (N,) of labelled rows, or labels (N, F) of their findings."""
+        if self._findings is not None:
+            return self._findings[rows]
         position = {name: number for number, name in enumerate(self.classes)}
         return np.array([position[str(name)] for name in self.index["label"].to_numpy()[rows]], dtype=np.int64)
+
+    @property
+    def findings(self) -> bool:
+        """Whether images have findings in place of a class."""
+        return self.recipe.findings is not None
+
+    @cached_property
+    def _findings(self) -> NDArray[np.int64] | None:
+        params = self.recipe.findings
+        return None if params is None else finding_labels(self.index, params, train=TRAIN)
+
+    @property
+    def _task(self) -> dict[str, str]:
+        """Tells findings from classes of the same names; nothing for classes, whose artifacts keep their names."""
+        return {"task": "findings"} if self.findings else {}
 
     @cached_property
     def _digests(self) -> dict[tuple[bytes, bool], str]:
@@ -312,9 +347,11 @@ class Specs:
         return self._digests[key]
 
     def _digest_labels(self, rows: NDArray[np.int64], patients: bool) -> str:
-        columns = ["image_id", "label", *(["patient_id"] if patients else [])]
+        own = [] if self.findings else ["label"]
+        columns = ["image_id", *own, *(["patient_id"] if patients else [])]
         chosen = self.index.loc[rows, columns].astype(object)
-        return digest_json(chosen.where(chosen.notna(), None).to_numpy().tolist())
+        table = chosen.where(chosen.notna(), None).to_numpy().tolist()
+        return digest_json([table, self.labels(rows).tolist()] if self.findings else table)
 
 
 def _training(protocol: Protocol) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +43,8 @@ class TransferTask:
     features: str | None
     """Artifact of the shifted images' features; None for fine-tuned networks."""
     rows: Sequence[int]
-    labels: Sequence[int]
-    """Of the rows: position in `shared`."""
+    labels: Sequence[Any]
+    """Of the rows: position in `shared`, or the labels of its findings."""
     shared: Sequence[str]
     """Classes of the study that the set has."""
     seeds: Mapping[str, int]
@@ -68,7 +69,8 @@ def transfer(task: TransferTask) -> None:
         if read_marker(opened.store, spec.name) is not None:
             continue
         classes, every_NK = _probabilities(opened, name, task.features, rows)
-        found_NC = restrict(every_NK, [classes.index(each) for each in task.shared])
+        columns_C = [classes.index(each) for each in task.shared]
+        found_NC = every_NK[:, columns_C] if labels.ndim == 2 else restrict(every_NK, columns_C)
         scores = {metric: float(score(found_NC.astype(np.float64), labels, None)) for metric, score in SCORES.items()}
         table = predictions_table(opened.specs.index.loc[rows], labels, list(task.shared), found_NC, task.seeds[name])
         publish(
@@ -98,5 +100,7 @@ def _probabilities(
     features_NE = torch.from_numpy(np.load(io.BytesIO(stored.read("features.npy")), allow_pickle=False))
     probe = PROBES[applied["kind"]].model_validate(applied.get("probe") or {})
     head = load(place.read("head.safetensors"))
-    found_NK: NDArray[np.float32] = apply_heads(probe, [head], features_NE, len(applied["classes"]))[0].numpy()
+    findings = applied.get("task") == "findings"
+    found_SNK = apply_heads(probe, [head], features_NE, len(applied["classes"]), findings=findings)
+    found_NK: NDArray[np.float32] = found_SNK[0].numpy()
     return applied["classes"], found_NK.astype(np.float32)

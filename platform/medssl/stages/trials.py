@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 import ray
 from ray import tune
 
+from medssl.compute import Compute
 from medssl.errors import MedsslError, StoreError
 from medssl.filesystem import retrying_filesystem
-from medssl.recipe import Compute
 from medssl.stages.progress import OnProgress
 from medssl.store import Store
 

@@ -2,7 +2,10 @@
 
 On its result rests the test of equivalence; with two fixed models it is the paired bootstrap over patients.
 
-Shapes: P pretraining seeds, D label draws, S head seeds, M = P*D*S models, N images, K classes, R bootstrap replicates.
+Labels are of classes (N,) or of findings (N, F), as in `medssl.metrics`.
+
+Shapes: P pretraining seeds, D label draws, S head seeds, M = P*D*S models, N images, K classes or findings, R bootstrap
+replicates.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from medssl.metrics import COUNT_METRICS, METRICS, Counts, Float, Int
+from medssl.metrics import COUNT_METRICS, METRICS, UNKNOWN, Counts, Float, Int
 from medssl.statistics.samples import EquivalenceResult
 
 _MODELS_AT_ONCE = 64
@@ -233,6 +236,8 @@ def _scores(probabilities_PDSNK: Float, labels_N: Int, weights_NR: Float, metric
 
 def _count_scores(probabilities_MNK: Float, labels_N: Int, weights_NR: Float, metric: str) -> Float:
     """(M, R) by matrix products of one-hot predictions and image weights; float32 counts are exact below 16 million."""
+    if labels_N.ndim == 2:
+        return COUNT_METRICS[metric](_finding_counts(probabilities_MNK, labels_N, weights_NR))
     predicted_MN, classes = probabilities_MNK.argmax(axis=2), probabilities_MNK.shape[2]
     shape = (len(predicted_MN), weights_NR.shape[1], classes)
     hits, predicted, support = np.empty(shape, np.float32), np.zeros(shape, np.float32), np.empty(shape[1:], np.float32)
@@ -246,6 +251,19 @@ def _count_scores(probabilities_MNK: Float, labels_N: Int, weights_NR: Float, me
     return COUNT_METRICS[metric](Counts(hits, predicted, support))
 
 
+def _finding_counts(probabilities_MNF: Float, labels_NF: Int, weights_NR: Float) -> Counts:
+    """(M, R, F) of each finding, over the images of which it is known."""
+    models, replicates, findings = len(probabilities_MNF), weights_NR.shape[1], labels_NF.shape[1]
+    hits, named = (np.empty((models, replicates, findings), np.float32) for _ in range(2))
+    support, known = (np.empty((replicates, findings), np.float32) for _ in range(2))
+    for f in range(findings):
+        there, rows = np.flatnonzero(labels_NF[:, f] == 1), np.flatnonzero(labels_NF[:, f] != UNKNOWN)
+        named_MN = (probabilities_MNF[:, :, f] > 0.5).astype(np.float32)
+        hits[..., f], named[..., f] = named_MN[:, there] @ weights_NR[there], named_MN[:, rows] @ weights_NR[rows]
+        support[:, f], known[:, f] = weights_NR[there].sum(axis=0), weights_NR[rows].sum(axis=0)
+    return Counts(hits, named, support, known)
+
+
 def _auc_scores(probabilities_MNK: Float, labels_N: Int, weights_NR: Float) -> Float:
     """(M, R) one-vs-rest AUC from DeLong's placement values (DeLong et al. 1988).
 
@@ -256,12 +274,14 @@ def _auc_scores(probabilities_MNK: Float, labels_N: Int, weights_NR: Float) -> F
     """
     total_MR, known_R = np.zeros((len(probabilities_MNK), weights_NR.shape[1])), np.zeros(weights_NR.shape[1])
     for k in range(probabilities_MNK.shape[2]):
-        positive, negative = np.flatnonzero(labels_N == k), np.flatnonzero(labels_N != k)
+        label_N, value = (labels_N[:, k], 1) if labels_N.ndim == 2 else (labels_N, k)
+        positive, negative = np.flatnonzero(label_N == value), np.flatnonzero((label_N != value) & (label_N != UNKNOWN))
         if min(len(positive), len(negative)) == 0:
             continue
-        ranks_MN = stats.rankdata(probabilities_MNK[:, :, k], axis=1)
-        above_MN = (ranks_MN[:, positive] - stats.rankdata(probabilities_MNK[:, positive, k], axis=1)) / len(negative)
-        under_MN = ranks_MN[:, negative] - stats.rankdata(probabilities_MNK[:, negative, k], axis=1)
+        both = np.concatenate([positive, negative])
+        ranks_MB, first = stats.rankdata(probabilities_MNK[:, both, k], axis=1), len(positive)
+        above_MN = (ranks_MB[:, :first] - stats.rankdata(probabilities_MNK[:, positive, k], axis=1)) / len(negative)
+        under_MN = ranks_MB[:, first:] - stats.rankdata(probabilities_MNK[:, negative, k], axis=1)
         below_MN = 1 - under_MN / len(positive)
         area_M1 = above_MN.mean(axis=1, keepdims=True)
         weights_R = weights_NR[positive].sum(axis=0), weights_NR[negative].sum(axis=0)
@@ -320,8 +340,8 @@ def _variance_of_mean(values: Float) -> float:
 def _check(probabilities_PDSNK: Float, labels_N: Int, metric: str) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r}: choose from {', '.join(METRICS)}")
-    if probabilities_PDSNK.ndim != 5 or probabilities_PDSNK.shape[3] != len(labels_N):
-        shapes = f"probabilities {probabilities_PDSNK.shape} and {len(labels_N)} labels"
-        raise ValueError(f"{shapes}: expected (P, D, S, N, K) and (N,)")
+    if probabilities_PDSNK.ndim != 5 or probabilities_PDSNK.shape[3 : 3 + labels_N.ndim] != labels_N.shape:
+        shapes = f"probabilities {probabilities_PDSNK.shape} and labels {labels_N.shape}"
+        raise ValueError(f"{shapes}: expected (P, D, S, N, K), and (N,) for classes or (N, K) for findings")
     if 0 in probabilities_PDSNK.shape:
         raise ValueError(f"probabilities {probabilities_PDSNK.shape}: no axis may be empty")

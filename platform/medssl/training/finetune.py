@@ -4,12 +4,13 @@ The defaults are paper 000's recipe in short: an epoch of the head at a fixed le
 cycle, crops of 0.7-1 of the image, flips and small rotations. With `trained: head` the encoder stays frozen throughout: its
 linear probe. Paper 002: Adam at 3e-4, weight decay 1e-4. Paper 003: `plateau` and `early_stopping` on the validation split,
 label smoothing. Paper 004: SGD with momentum, `steps` in place of epochs. The loss is the class-weighted cross-entropy averaged
-over the batch.
+over the batch; of findings (labels (N, F), as in `medssl.metrics`) the binary cross-entropy of each that is known, averaged over
+findings and batch, with a sigmoid each.
 
 While the head trains alone the encoder is in evaluation mode: its batch norms use the statistics of the pretraining and
 keep them, so the head meets the features that a linear probe would. Afterwards all batch norms train.
 
-Shapes: N labelled images, B batch, H, W, C stored images, E feature width, K classes.
+Shapes: N labelled images, B batch, H, W, C stored images, E feature width, K classes or findings.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from medssl.errors import NonFiniteLoss
-from medssl.metrics import accuracy, balanced_accuracy
+from medssl.metrics import SCORES
 from medssl.networks.encoder import EncoderParams, build_encoder, feature_width, load_weights
 from medssl.optim import OptimiserParams, Rate, ScheduleParams, apply_rate, build_optimiser, scheduled
 from medssl.params import Params
+from medssl.probes.links import activated
 from medssl.training.finder import RangeTest, range_test
 from medssl.training.labelled import LabelledImages, Labels, read_images
 from medssl.training.stopping import EarlyStopping, EarlyStoppingParams, Plateau, PlateauParams, Watched
@@ -71,11 +73,12 @@ class FineTuneParams(Params):
     watched: Watched = "accuracy"
     """Validation score that plateau and early stopping go by."""
     class_weights: Literal["balanced", "none"] = "balanced"
-    """balanced: an image weighs (labels / classes present / labels of its class)."""
+    """balanced: an image weighs (labels / classes present / labels of its class); of a finding, images with and without it weigh
+    the same together."""
     over_sample: bool = False
     """Draws as many images an epoch as there are, with replacement, each class equally often; with class_weights none."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of the target spread evenly over all classes."""
+    """Share of the target spread evenly over all classes; of a finding over there and not there."""
     views: ViewParams = ViewParams(
         crop_scale=(0.7, 1.0), horizontal_flip=0.25, vertical_flip=0.25, rotation=0.25, rotation_degrees=45.0, jitter=0.0,
         grey=0.0, blur=(0.0, 0.0), solarise=(0.0, 0.0),
@@ -132,6 +135,8 @@ class FineTuned:
     encoder: EncoderParams
     params: FineTuneParams
     device: torch.device
+    findings: bool = False
+    """Whether the outputs are findings, not classes."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Per epoch: epoch (from 1, the head's own first), loss, learning_rate at its end, and `validation` where it was watched."""
     finder: RangeTest | None = None
@@ -140,11 +145,12 @@ class FineTuned:
     """Epoch whose weights were kept, counted as in `history`; None where they are the last."""
 
     def predict(self, images: ResidentImages, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Class probabilities (N, K) of the images in `rows`."""
+        """Probabilities (N, K) of classes or findings of the images in `rows`."""
         chosen, parts = np.asarray(rows, dtype=np.int64), []
         for start in range(0, len(chosen), _JUDGED_AT_ONCE):
             stored_BHWC = read_images(images, chosen[start : start + _JUDGED_AT_ONCE], self.device)
-            parts.append(probabilities(self.network, stored_BHWC, self.encoder, self.params).cpu())
+            found_BK = probabilities(self.network, stored_BHWC, self.encoder, self.params, findings=self.findings)
+            parts.append(found_BK.cpu())
         found: NDArray[np.float32] = torch.cat(parts).numpy()
         return found
 
@@ -164,8 +170,10 @@ class FineTuned:
 
 
 @torch.inference_mode()
-def probabilities(network: nn.Module, stored_BHWC: Tensor, encoder: EncoderParams, params: FineTuneParams) -> Tensor:
-    """Class probabilities (B, K) of stored images (B, H, W, C) uint8, of the network as it is in evaluation mode.
+def probabilities(
+    network: nn.Module, stored_BHWC: Tensor, encoder: EncoderParams, params: FineTuneParams, *, findings: bool = False
+) -> Tensor:
+    """Probabilities (B, K) of classes, or of findings, of stored images (B, H, W, C) uint8, by the network in evaluation mode.
 
     With `test_passes` the mean over augmented passes. Their draws come from an image's own bytes: the same image gets the same
     probabilities whatever others are predicted with it.
@@ -177,7 +185,7 @@ def probabilities(network: nn.Module, stored_BHWC: Tensor, encoder: EncoderParam
     else:
         passes = [eval_view(stored_BHWC, encoder)]
     logits = (network(views_BCHW.contiguous(memory_format=torch.channels_last)).float() for views_BCHW in passes)
-    return torch.stack([torch.softmax(logits_BK, dim=1) for logits_BK in logits]).mean(dim=0)
+    return torch.stack([activated(logits_BK, findings=findings) for logits_BK in logits]).mean(dim=0)
 
 
 def finetune(
@@ -203,7 +211,7 @@ def finetune(
 
     Args:
         encoder_weights: safetensors to start from; None starts from the random network of `seed`.
-        labels: class of each of `rows`.
+        labels: class of each of `rows`, or labels (N, F) of its findings.
         learning_rate: peak of the schedule; not used where a range test picks it.
         weight_decay: see `FineTuneParams.optimiser`; biases and batch norms excluded.
         validation: labelled images that plateau and early stopping go by; only they look at them.
@@ -226,7 +234,7 @@ def finetune(
             images, Labels(rows, labels), classes, device, class_weights=params.class_weights, over_sample=params.over_sample
         )
         judged = LabelledImages(images, validation, classes, device) if validation and params.needs_validation else None
-        tuned = FineTuned(network, encoder, params, device)
+        tuned = FineTuned(network, encoder, params, device, labelled.findings)
         _Training(tuned, labelled, judged, seed, after_epoch).run(learning_rate, weight_decay)
     network.eval()
     return tuned
@@ -323,21 +331,16 @@ class _Training:
             with torch.set_grad_enabled(trained is self.network):
                 features_BE = self.network.encoder(views_BCHW)
             logits_BK = self.network.head(features_BE)
-        losses_B = nn.functional.cross_entropy(
-            logits_BK.float(), self.labelled.labels_N[positions_B], reduction="none", label_smoothing=self.params.label_smoothing
-        )
         # Over the number of images, not over their weights as torch does: a batch of rare classes is to count more.
-        return (losses_B * self.labelled.weights_N[positions_B]).mean()
+        return self.labelled.losses(logits_BK.float(), positions_B, self.params.label_smoothing).mean()
 
     def _validate(self) -> float:
         """The watched score on the validation images, each taken as `predict` takes it."""
         assert self.judged is not None
-        found_NK = torch.from_numpy(self.tuned.predict(self.judged.images, self.judged.rows))
-        labels_N = self.judged.labels_N.cpu()
+        found_NK = self.tuned.predict(self.judged.images, self.judged.rows)
         if self.params.watched == "loss":
-            return float(nn.functional.nll_loss(found_NK.clamp_min(1e-12).log(), labels_N))
-        score = accuracy if self.params.watched == "accuracy" else balanced_accuracy
-        return score(found_NK.double().numpy(), labels_N.numpy())
+            return self.judged.judged_loss(torch.from_numpy(found_NK))
+        return SCORES[self.params.watched](found_NK.astype(np.float64), self.judged.labels_N.cpu().numpy(), None)
 
     def _find(self, trained: nn.Module, optimiser_params: OptimiserParams) -> RangeTest:
         """The range test, after which the network is as it was."""

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medssl.datasets.draws import label_draw
-from medssl.metrics import accuracy, balanced_accuracy
+from medssl.datasets.draws import finding_draw, label_draw
+from medssl.metrics import UNKNOWN, accuracy, balanced_accuracy
 from medssl.networks.encoder import EncoderParams
-from medssl.probes.knn import k_warning, knn_scores, largest_useful_k
+from medssl.probes.knn import k_warning, knn_finding_scores, knn_scores, largest_useful_k
 from medssl.training.feed import ResidentImages
 from medssl.views import eval_view
 
@@ -39,11 +40,12 @@ class Watched:
     """The labelled images that a monitor looks at: row numbers and class indices, as plain values that pickle."""
 
     bank_rows: list[int]
-    bank_labels: list[int]
+    bank_labels: list[Any]
+    """Class indices, or lists of F labels of findings."""
     query_rows: list[int]
-    query_labels: list[int]
+    query_labels: list[Any]
     classes: list[str]
-    """Class names."""
+    """Names of the classes or findings."""
 
     @classmethod
     def of_index(
@@ -74,6 +76,20 @@ def _drawn(index: pd.DataFrame, classes: list[str], split: str, most: int, seed:
     return rows.tolist(), [classes.index(str(name)) for name in index["label"].to_numpy()[rows]]
 
 
+def watch_findings(
+    index: pd.DataFrame, labels_NF: NDArray[np.int64], names: list[str], *, seed: int, bank_split: str = "train",
+    query_split: str = "val",
+) -> Watched:  # fmt: skip
+    """The same of findings, by plain draws among the images of which one is known; `labels_NF` are of the whole index."""
+    parts: list[Any] = []
+    for split, most in ((bank_split, MOST_BANK), (query_split, MOST_QUERIES)):
+        known_N = (index["split"] == split).to_numpy() & (labels_NF != UNKNOWN).any(axis=1)
+        rows = finding_draw(index, known_N, labels=min(int(known_N.sum()), most) or None, draw=seed)
+        parts += [rows.tolist(), labels_NF[rows].tolist()]
+    bank_rows, bank_labels, query_rows, query_labels = parts
+    return Watched(bank_rows, bank_labels, query_rows, query_labels, list(names))
+
+
 class KnnMonitor:
     """The `monitor` of :func:`medssl.training.loop.pretrain`: kNN accuracies of an encoder in evaluation mode."""
 
@@ -100,8 +116,11 @@ class KnnMonitor:
         if not bool(torch.isfinite(bank_NE).all() & torch.isfinite(queries_QE).all()):
             logger.warning("kNN of the pretraining: the encoder gives features that are not finite")
             return {}
-        shares_QK = knn_scores(bank_NE, self._labels_N, queries_QE, self.k, len(self._watched.classes)).cpu().numpy()
-        labels_Q = np.array(self._watched.query_labels)
+        if self._labels_N.ndim == 2:
+            votes_QK = knn_finding_scores(bank_NE, self._labels_N, queries_QE, self.k)
+        else:
+            votes_QK = knn_scores(bank_NE, self._labels_N, queries_QE, self.k, len(self._watched.classes))
+        shares_QK, labels_Q = votes_QK.cpu().numpy(), np.array(self._watched.query_labels)
         found = {"knn_accuracy": accuracy(shares_QK, labels_Q), "knn_balanced_accuracy": balanced_accuracy(shares_QK, labels_Q)}
         self.note = f"kNN {found['knn_balanced_accuracy']:.3f} (balanced accuracy, validation)"
         return found

@@ -1,0 +1,32 @@
+"""Where a study runs."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from medssl.params import Params
+
+
+class Compute(Params):
+    """Where it runs; nothing here changes a result or a hash."""
+
+    workers: int = Field(1, ge=1)
+    """DDP workers of a pretraining."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPU cores of each worker."""
+    gpus_per_worker: float = Field(0, ge=0, le=1)
+    """GPUs of each trial, which may share one; 0 trains on the CPU. A pretraining worker takes a whole one."""
+    trial_cpus: int = Field(1, ge=1)
+    """CPU cores of a search or evaluation trial."""
+    concurrent_trials: int | None = Field(None, ge=1)
+    """Trials at once; null fills the machine's cores."""
+    checkpoint_every_epochs: int = Field(1, ge=1)
+    """Checkpoints at the end of every so many epochs and of the last; more than 1 where an epoch takes seconds."""
+    checkpoint_every_steps: int | None = Field(None, ge=1)
+    """Further checkpoints between epoch ends (resident feeding); null none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept in the store while training."""
+    monitor_every_epochs: int | None = Field(None, ge=1)
+    """kNN accuracy on the validation split after every so many epochs of a pretraining, as a curve in the report; null none."""
+    max_failures: int = Field(8, ge=0)
+    """Lost workers or nodes that a pretraining survives."""
