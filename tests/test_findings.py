@@ -1,4 +1,4 @@
-"""Several findings an image: labels from columns, scores against scikit-learn, slopes and resamples against plain recomputation."""
+"""Several findings an image: labels from columns, scores against scikit-learn, slopes and resamples recomputed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from medssl import metrics
 from medssl.calibration import apply_temperature, brier_score, change_prior, fit_temperature, reliability
 from medssl.datasets.draws import finding_draw
-from medssl.datasets.findings import FindingsParams, finding_labels
+from medssl.datasets.findings import FindingsParams, finding_labels, finding_strata
 from medssl.errors import DataError
 from medssl.influence import SLOPES, mean_influence
 from medssl.metrics import UNKNOWN
@@ -205,3 +205,10 @@ def test_patients_have_the_mean_probability_and_what_is_known_of_one_image() -> 
     assert found == pytest.approx(np.array([[0.3, 0.6], [0.9, 0.1]])) and known.tolist() == [[1, 0], [0, 1]]
     with pytest.raises(ValueError, match="patient 'p' has images of two classes"):
         metrics.per_patient(probabilities, labels, ["p", "p", "p"])
+
+
+def test_missing_splits_are_stratified_by_the_rarest_finding() -> None:
+    table = index(edema=[1.0, 1.0, 1.0, 0.0, None, -1.0], mass=[1.0, 0.0, None, 0.0, None, None])
+    assert finding_strata(table, ["edema", "mass"]) == ["mass", "edema", "edema", "", None, None]
+    with pytest.raises(DataError, match="finding 'oedema'"):
+        finding_strata(table, ["oedema"])

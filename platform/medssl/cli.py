@@ -109,6 +109,7 @@ def _add_ingest(sub: argparse.ArgumentParser) -> None:
     for column in _COLUMNS:
         sub.add_argument(f"--{column}-column", metavar="COLUMN", help=f"column that holds the {column.replace('-', ' ')}")
     sub.add_argument("--label-separator", metavar="TEXT", help="text between several labels of one image")
+    sub.add_argument("--findings", metavar="A,B", help="columns that are findings: missing splits are stratified by them")
     sub.add_argument("--drop", action="append", default=[], metavar="COLUMN", help="leave a column of the table out")
     sub.add_argument("--licence", default="", help="licence text for the dataset card")
     sub.add_argument("--seed", type=int, default=0, help="seed of missing splits (default: 0)")
@@ -232,6 +233,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
         root=arguments.root,
         label_separator=arguments.label_separator,
         drop=tuple(arguments.drop),
+        findings=tuple(name.strip() for name in arguments.findings.split(",")) if arguments.findings else (),
         licence=arguments.licence,
         seed=arguments.seed,
         held_out=HeldOut.parse(arguments.held_out) if arguments.held_out is not None else None,

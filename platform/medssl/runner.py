@@ -14,7 +14,7 @@ from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, re
 from medssl.claims import evaluated, fix_claims
 from medssl.datasets.dataset import Dataset
 from medssl.errors import StoreError
-from medssl.events import Event
+from medssl.events import Event, OnEvent
 from medssl.leases import Lease, Owner, lease
 from medssl.mixes import Source
 from medssl.protocols import Protocol
@@ -29,8 +29,11 @@ from medssl.stages.evaluate import EvaluateTask, SearchTask, run_evaluations, ru
 from medssl.stages.initial import GivenWeights, stage_weights
 from medssl.stages.pretrain import run_pretrain
 from medssl.stages.progress import OnProgress
+from medssl.stages.search import most_at_once
+from medssl.stages.side_by_side import SideBySide
 from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec
 from medssl.stages.transfer import TransferTask, run_transfers
+from medssl.stages.trials import shared_out
 from medssl.study import Pending, Study
 from medssl.training.monitor import Watched, watch_findings
 
@@ -167,8 +170,9 @@ class Runner:
         )
 
     def searches(self) -> None:
-        """Searches one arm and protocol after the other; the trials of each run side by side."""
-        study = self.study
+        """Searches every arm and protocol: the trials of each run side by side, and several searches where trials of one leave
+        room."""
+        study, pending = self.study, list[tuple[Spec, SearchTask, int]]()
         for arm, protocol in study.searches():
             spec = study.search_spec(arm, protocol)
             features = study.features(arm, 0, protocol)
@@ -176,11 +180,20 @@ class Runner:
                 raise StoreError(f"the features of {arm.name} vanished from the store: run the study again")
             if not study.is_finished(spec):
                 task = SearchTask(self.context, spec, arm.name, protocol.name, features.name)
-                self._make(spec, partial(self._search, task))
-
-    def _search(self, task: SearchTask, on_progress: OnProgress) -> Marker:
+                pending.append((spec, task, most_at_once(protocol.search)))
+        if not pending:
+            return
         self._connect()
-        return run_search(task, self.study.recipe.compute, on_progress)
+        runs, compute = shared_out(study.recipe.compute, [most for _, _, most in pending])
+        if runs == 1:
+            for spec, task, _ in pending:
+                self._make(spec, partial(run_search, task, compute))
+            return
+        together = SideBySide(study.emit, f"{len(pending)} searches, {runs} at once")
+        with together.under_way(runs) as start:
+            for spec, task, _ in pending:
+                search = partial(run_search, task, compute, halt=together.halt)
+                start(partial(self._make, spec, search, together.emit_of(spec.label)))
 
     def evaluations(self) -> None:
         """Evaluates what is missing, protocol by protocol; a probe's head seeds of one cell train together."""
@@ -248,17 +261,17 @@ class Runner:
 
     # -- common ------------------------------------------------------------------------------------------------
 
-    def _make(self, spec: Spec, build: Callable[[OnProgress], Marker]) -> None:
+    def _make(self, spec: Spec, build: Callable[[OnProgress], Marker], emit: OnEvent | None = None) -> None:
         """Makes one artifact under its lease, unless another study has made it meanwhile."""
-        study = self.study
-        with lease(study.store, spec.name, on_wait=self._waiting(spec.label)) as held:
+        study, emit = self.study, emit or self.study.emit
+        with lease(study.store, spec.name, on_wait=self._waiting(spec.label, emit)) as held:
             marker = read_marker(study.store, spec.name)
             if marker is None:
-                study.emit(Event("begin", spec.label))
+                emit(Event("begin", spec.label))
                 self._held.append(held)
-                marker = build(self._progress(spec.label))
+                marker = build(self._progress(spec.label, emit))
                 self._held.remove(held)
-                study.emit(Event("end", spec.label))
+                emit(Event("end", spec.label))
             study.record(spec, marker)
 
     def _check_leases(self) -> None:
@@ -281,14 +294,15 @@ class Runner:
                 raise StoreError(f"{spec.label} left no marker in the store: run the study again")
             study.record(spec, markers[spec.name])
 
-    def _progress(self, label: str) -> OnProgress:
+    def _progress(self, label: str, emit: OnEvent | None = None) -> OnProgress:
         def show(done: int, total: int, note: str = "") -> None:
-            self.study.emit(Event("progress", label, done, total, note))
+            (emit or self.study.emit)(Event("progress", label, done, total, note))
 
         return show
 
-    def _waiting(self, label: str) -> Callable[[Owner], None]:
-        return lambda owner: self.study.emit(Event("message", f"{label} is being made by {owner}; waiting for it"))
+    def _waiting(self, label: str, emit: OnEvent | None = None) -> Callable[[Owner], None]:
+        said = emit or self.study.emit
+        return lambda owner: said(Event("message", f"{label} is being made by {owner}; waiting for it"))
 
     def _connect(self) -> None:
         if not self._is_connected:

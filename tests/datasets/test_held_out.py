@@ -16,8 +16,9 @@ from medssl.datasets.held_out import HeldOut, held_out_rows, held_out_splits, re
 from medssl.datasets.leakage import audit_leakage
 from medssl.datasets.rowset import build_rows
 from medssl.errors import DataError
-from medssl.stages.ingest import IngestOptions, _complete_splits, _held_out_facts
+from medssl.stages.ingest import IngestOptions
 from medssl.stages.inspect import _splits_line
+from medssl.stages.splitting import complete_splits, held_out_facts
 
 SITES = ["A", "B", "C"]
 
@@ -33,7 +34,7 @@ def rows_of(values: Any, *, splits: list[str | None] | None = None, patients: li
 
 
 def completed(rows: pa.Table, held: str = "site=A", **options: Any) -> tuple[list[str], Any, Any]:
-    made, leakage, shares = _complete_splits(rows, IngestOptions(held_out=HeldOut.parse(held), **options))
+    made, leakage, shares = complete_splits(rows, IngestOptions(held_out=HeldOut.parse(held), **options))
     return made["split"].to_pylist(), leakage, shares
 
 
@@ -70,14 +71,14 @@ def test_images_without_a_value_are_among_the_others_and_counted() -> None:
     rows = rows_of(["A", None, "B", None, "A", "C"])
     splits, _, _ = completed(rows)
     assert [n for n, split in enumerate(splits) if split == "test"] == [0, 4]
-    assert _held_out_facts(rows, HeldOut("site", "A")) == {"column": "site", "value": "A", "without": 2}
+    assert held_out_facts(rows, HeldOut("site", "A")) == {"column": "site", "value": "A", "without": 2}
 
 
 def test_the_card_says_what_was_held_out() -> None:
     held = HeldOut("site", "A")
-    made, leakage, shares = _complete_splits(rows_of(["A", "B", "C", None] * 3), IngestOptions(held_out=held))
+    made, leakage, shares = complete_splits(rows_of(["A", "B", "C", None] * 3), IngestOptions(held_out=held))
     index = made.append_column("sha256", pa.array([str(n) for n in range(len(made))]))
-    record = Provenance("d", "", False, 0, shares, leakage, False, held_out=_held_out_facts(made, held))
+    record = Provenance("d", "", False, 0, shares, leakage, False, held_out=held_out_facts(made, held))
     card = build_card(index, [], "index", "0", record)
     assert card["held_out"] == {"column": "site", "value": "A", "without": 3} and card["splits"]["test"] == 3
     assert "splits: test is site=A; the others, 3 without site among them, made at ingest from seed 0" in _splits_line(card)

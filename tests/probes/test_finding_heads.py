@@ -103,7 +103,7 @@ def test_neighbours_vote_where_the_finding_is_known() -> None:
     for q, query in enumerate(nn.functional.normalize(queries)):
         for f in range(2):
             known = [n for n in range(30) if labels[n, f] != UNKNOWN]
-            nearest = sorted(known, key=lambda n: -float(bank[n] @ query))[:5]  # noqa: B023
+            nearest = sorted(known, key=lambda n: -float(bank[n] @ query))[:5]
             assert float(found[q, f]) == pytest.approx(np.mean([int(labels[n, f]) for n in nearest]), abs=1e-6)
     fewest = min(int((labels[:, f] == side).sum()) for f in range(2) for side in (0, 1))
     assert largest_useful_k(labels, 2) == fewest
@@ -139,7 +139,10 @@ def test_loss_of_a_fine_tuning_is_torchs_over_what_is_known() -> None:
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([[0, 2], [1, 0]], r"labels lie in 0\.\.2: expected -1\.\.1"), ([[0, 1, 1], [1, 0, 1]], r"labels \(2, 3\): expected .*\(N, 2\)")],
+    [
+        ([[0, 2], [1, 0]], r"labels lie in 0\.\.2: expected -1\.\.1"),
+        ([[0, 1, 1], [1, 0, 1]], r"labels \(2, 3\): expected .*\(N, 2\)"),
+    ],
 )
 def test_labels_that_are_none_are_refused(labels: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):

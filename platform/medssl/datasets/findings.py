@@ -6,7 +6,7 @@ CheXpert (Irvin et al. 2019), whose U-Ignore, U-Zeros and U-Ones are `uncertain:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -70,6 +70,22 @@ def finding_labels(
     labels_NF[uncertain_NF] = UNKNOWN
     labels_NF[uncertain_NF & training_N[:, None]] = _LABEL[params.uncertain]
     return labels_NF
+
+
+def finding_strata(rows: pd.DataFrame, names: Sequence[str]) -> list[str | None]:
+    """What each row of a dataset to be is stratified by: the rarest finding that it has, or that it has none of them; None where
+    nothing is known.
+
+    Raises:
+        DataError: as :func:`finding_labels`.
+    """
+    labels_NF = finding_labels(rows, FindingsParams(names=tuple(names)))
+    there_NF = labels_NF == 1
+    by_rarity = np.argsort(there_NF.sum(axis=0), kind="stable")
+    rarest_N = by_rarity[there_NF[:, by_rarity].argmax(axis=1)]
+    return [
+        names[rarest_N[n]] if there_NF[n].any() else "" if (labels_NF[n] == 0).any() else None for n in range(len(labels_NF))
+    ]
 
 
 def findings_of(index: pd.DataFrame) -> list[str]:

@@ -33,6 +33,7 @@ from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress
 from medssl.stages.search import OnEpoch, fan_out, search
 from medssl.stages.specs import VALIDATION, Spec
+from medssl.stages.trials import Halt
 from medssl.store import open_store
 from medssl.training.finetune import FineTuned
 
@@ -80,13 +81,15 @@ class Fitted:
     """What a report may show of each head seed's training; empty for probes."""
 
 
-def run_search(task: SearchTask, compute: Compute, on_progress: OnProgress | None = None) -> Marker:
+def run_search(
+    task: SearchTask, compute: Compute, on_progress: OnProgress | None = None, halt: Halt | None = None
+) -> Marker:
     """Tries every point on the validation split and publishes the best."""
     opened = task.context.open()
     arm, protocol = _named(opened.recipe, task.arm, task.protocol)
     found = search(
         _Score(task), protocol.search, store=folder(opened.store, task.spec.name), name=task.spec.name, compute=compute,
-        epochs=_epochs(opened, protocol), on_progress=on_progress,
+        epochs=_epochs(opened, protocol), on_progress=on_progress, halt=halt,
     )  # fmt: skip
     points = [
         {**point, "score": score, **({"stopped": True} if point in found.stopped else {})} for point, score in found.points

@@ -27,16 +27,16 @@ import pyarrow.parquet as pq
 from medssl.datasets.card import CARD, Provenance, build_card
 from medssl.datasets.dataset import read_card
 from medssl.datasets.folder import read_folder
-from medssl.datasets.held_out import HeldOut, audit_held_out, held_out_rows, held_out_splits, remaining_shares
-from medssl.datasets.leakage import Leakage, audit_leakage, check_bags
+from medssl.datasets.held_out import HeldOut
+from medssl.datasets.leakage import Leakage
 from medssl.datasets.pseudonyms import pseudonym, pseudonymise
 from medssl.datasets.rowset import sorted_by_id
 from medssl.datasets.shards import SHARDS, Rejected, ShardResult, index_schema, write_shard
-from medssl.datasets.splits import DEFAULT_SHARES, check_shares, group_numbers, make_splits
 from medssl.datasets.table import TableColumns, read_table
 from medssl.errors import DataError
 from medssl.leases import Lease, Owner, lease
 from medssl.stages.cluster import connected
+from medssl.stages.splitting import complete_splits, held_out_facts
 from medssl.store import Store, open_for_writing, open_store
 from medssl.streams import quiet_ray_data, user_error
 
@@ -116,6 +116,8 @@ class IngestOptions:
     """Splits a label into several; None takes it as one."""
     drop: tuple[str, ...] = ()
     """Columns to leave out."""
+    findings: tuple[str, ...] = ()
+    """Columns (or labels) that are findings: missing splits are stratified by them."""
     licence: str = ""
     """Licence text for the card."""
     seed: int = 0
@@ -165,8 +167,8 @@ def ingest(
         raise DataError(f"reject limit is {options.reject_limit:g}: give a share between 0 and 1")
     if options.shard_rows < 1:
         raise DataError(f"shard_rows is {options.shard_rows}: give 1 or more")
-    rows, leakage, shares = _complete_splits(_read_source(str(source), options), options)
-    held_out = _held_out_facts(rows, options.held_out)
+    rows, leakage, shares = complete_splits(_read_source(str(source), options), options)
+    held_out = held_out_facts(rows, options.held_out)
     replaced: list[str] = []
     if options.pseudonym_key is not None:
         rows, replaced = pseudonymise(rows, options.pseudonym_key)
@@ -202,34 +204,6 @@ def _read_source(source: str, options: IngestOptions) -> pa.Table:
             f"{source} is taken for a folder per class: columns, root and label separator belong to a table"
         )
     return read_folder(source)
-
-
-def _complete_splits(rows: pa.Table, options: IngestOptions) -> tuple[pa.Table, Leakage, dict[str, float] | None]:
-    """Rows with a split each, what leaks in those that are given or held out, and the shares of those that were made."""
-    patients, bags, given = (rows[column].to_pylist() for column in ("patient_id", "bag_id", "split"))
-    check_bags(patients, bags)
-    held = held_out_rows(rows, options.held_out) if options.held_out is not None else None
-    leakage = audit_leakage(patients, bags, given) if held is None else audit_held_out(patients, bags, held)
-    if leakage and not options.allow_leakage:
-        raise DataError(f"{leakage.describe()}: mend the split, or pass --allow-leakage to record it and go on")
-    if None not in given:
-        return rows, leakage, None
-    ids, labels = rows["image_id"].to_pylist(), rows["labels"].to_pylist()
-    names = [patient or bag or image for patient, bag, image in zip(patients, bags, ids, strict=True)]
-    strata = ["\0".join(each) or None for each in labels]
-    if held is not None:
-        shares = remaining_shares(options.shares)
-        splits = held_out_splits(patients, bags, names, strata, held, seed=options.seed, shares=options.shares)
-        leakage = audit_leakage(patients, bags, splits)
-    else:
-        shares = check_shares(options.shares or DEFAULT_SHARES)
-        splits = make_splits(group_numbers(patients, bags), names, strata, given, seed=options.seed, shares=shares)
-    return rows.set_column(rows.schema.get_field_index("split"), "split", pa.array(splits, pa.string())), leakage, shares
-
-
-def _held_out_facts(rows: pa.Table, held: HeldOut | None) -> dict[str, Any] | None:
-    """What the card says of a held-out value."""
-    return None if held is None else {**asdict(held), "without": rows[held.column].null_count}
 
 
 # ------------------------------------------------------------------------------------------------------------- Ray Data

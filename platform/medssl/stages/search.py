@@ -20,7 +20,7 @@ from medssl.errors import MedsslError, NonFiniteLoss
 from medssl.protocols import Search
 from medssl.stages.halving import Halving, Outcome, Outcomes, Point
 from medssl.stages.progress import OnProgress
-from medssl.stages.trials import Watch, concurrent_trials, fan_out, guarded, run_trials, short_names
+from medssl.stages.trials import Halt, Watch, concurrent_trials, fan_out, guarded, run_trials, short_names
 from medssl.store import Store
 
 __all__ = ["Found", "fan_out", "search"]
@@ -64,6 +64,7 @@ def search(
     compute: Compute,
     epochs: int | None = None,
     on_progress: OnProgress | None = None,
+    halt: Halt | None = None,
 ) -> Found:
     """Tries the points of a space, each once, as Tune trials, and returns all with the best.
 
@@ -76,6 +77,7 @@ def search(
         name: name of the search, for Tune and for messages.
         compute: CPUs and GPUs of a trial, and how many run at once.
         epochs: of a whole training; scheduler asha needs them.
+        halt: ends the search before its end, which then raises.
 
     Raises:
         MedsslError: a trial failed; its reason in one line.
@@ -92,10 +94,10 @@ def search(
             for decay in sorted(set(space.weight_decay))
         ]
         if any(outcomes.read(point) is None for point in wanted):
-            _tune_search(work, store, name, compute, len(wanted), on_progress)
+            _tune_search(work, store, name, compute, len(wanted), on_progress, halt)
     else:
         assert space.trials is not None
-        configs = _tune_search(work, store, name, compute, space.trials, on_progress)
+        configs = _tune_search(work, store, name, compute, space.trials, on_progress, halt)
         unique = {digest_json(point): point for point in map(_point, configs)}
         wanted = sorted(unique.values(), key=lambda point: (point["learning_rate"], point["weight_decay"]))
     points = [(point, outcomes.read(point)) for point in wanted]
@@ -161,7 +163,7 @@ def _report(epoch: int, score: float, *, stored: bool) -> None:
 
 
 def _tune_search(
-    work: _Work, store: Store, name: str, compute: Compute, trials: int, on_progress: OnProgress | None
+    work: _Work, store: Store, name: str, compute: Compute, trials: int, on_progress: OnProgress | None, halt: Halt | None
 ) -> list[dict[str, Any]]:
     """Runs the trials that have no score; returns the configuration of every trial."""
     config = tune.TuneConfig(
@@ -169,7 +171,12 @@ def _tune_search(
         max_concurrent_trials=concurrent_trials(compute), reuse_actors=True, **short_names(),
     )  # fmt: skip
     watch = Watch(on_progress, lambda config: 1.0, float(trials), trials)
-    return run_trials(guarded(work, compute.trial_cpus), None, config, compute, store, name, watch)
+    return run_trials(guarded(work, compute.trial_cpus), None, config, compute, store, name, watch, halt)
+
+
+def most_at_once(space: Search) -> int:
+    """Trials that a search has under way at most: TPE waits for each batch."""
+    return space.points if space.sampler == "grid" else min(space.points, _TPE_BATCH)
 
 
 def _optuna(space: Search) -> Any:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,9 @@ from medssl.stages.progress import OnProgress
 from medssl.store import Store
 
 Task = TypeVar("Task")
+_one_thread = threading.Lock()
+_quiet_now: list[ExitStack | None] = []
+"""What puts the process back, then an entry for each run under way."""
 
 
 def fan_out(
@@ -120,11 +124,21 @@ class Watch(tune.Callback):  # type: ignore[misc]
             self.on_progress(round(self.done), round(self.total), f"{self.finished} of {self.trials} trials")
 
 
-class _StopOnFailure(tune.Stopper):  # type: ignore[misc]
-    """Ends the whole run when a trial has reported a failure."""
+class Halt:
+    """Tells runs in other threads to end. Pickled as a fresh one: it lives in the driver alone."""
 
     def __init__(self) -> None:
-        self.failed = False
+        self.event = threading.Event()
+
+    def __reduce__(self) -> tuple[type[Halt], tuple[()]]:
+        return Halt, ()
+
+
+class _StopOnFailure(tune.Stopper):  # type: ignore[misc]
+    """Ends the whole run when a trial has reported a failure, or when it is told to."""
+
+    def __init__(self, halt: Halt | None) -> None:
+        self.failed, self.halt = False, halt
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         self.failed = self.failed or result.get("error") is not None
@@ -132,24 +146,27 @@ class _StopOnFailure(tune.Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         """Whether to end."""
-        return self.failed
+        return self.failed or (self.halt is not None and self.halt.event.is_set())
 
 
 def run_trials(
-    trainable: Any, space: dict[str, Any] | None, config: Any, compute: Compute, store: Store | None, name: str, watch: Watch
-) -> list[dict[str, Any]]:
-    """Runs a Tuner and returns the configuration of each trial."""
+    trainable: Any, space: dict[str, Any] | None, config: Any, compute: Compute, store: Store | None, name: str, watch: Watch,
+    halt: Halt | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Runs a Tuner and returns the configuration of each trial; several may run in threads of one driver."""
     resources = {"cpu": compute.trial_cpus, **({"gpu": compute.gpus_per_worker} if compute.gpus_per_worker else {})}
     _keep_credentials_out()
     run_name = f"{name}-{uuid.uuid4().hex[:8]}"  # never the name of an earlier try: Tune would take up its state
     with _storage(store, run_name) as (filesystem, root), _quiet():
+        with _one_thread:  # Tune's table of functions can be written by one thread at a time
+            tune.register_trainable(run_name, tune.with_resources(trainable, resources))
         tuner = tune.Tuner(
-            tune.with_resources(trainable, resources),
+            run_name,
             param_space=space,
             tune_config=config,
             run_config=tune.RunConfig(
                 name=run_name, storage_path=root, storage_filesystem=filesystem, verbose=0, callbacks=[watch],
-                stop=_StopOnFailure(), failure_config=tune.FailureConfig(max_failures=compute.max_failures),
+                stop=_StopOnFailure(halt), failure_config=tune.FailureConfig(max_failures=compute.max_failures),
             ),
         )  # fmt: skip
         results = tuner.fit()
@@ -191,8 +208,28 @@ def _keep_credentials_out() -> None:
 def _quiet() -> Iterator[None]:
     """Without Tune's tables on the terminal and the three log files that it adds to each trial by itself.
 
-    Nor does Tune take Ctrl-C for itself: it would end the run and return as if all were done.
+    Nor does Tune take Ctrl-C for itself: it would end the run and return as if all were done. What is changed is the process's,
+    so of several threads the first changes it and the last puts it back.
     """
+    with _one_thread:
+        if not _quiet_now:
+            stack = ExitStack()
+            stack.enter_context(_made_quiet())
+            _quiet_now.append(stack)
+        _quiet_now.append(None)
+    try:
+        yield
+    finally:
+        with _one_thread:
+            _quiet_now.pop()
+            if len(_quiet_now) == 1:
+                first = _quiet_now.pop()
+                assert first is not None
+                first.close()
+
+
+@contextmanager
+def _made_quiet() -> Iterator[None]:
     settings = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -213,6 +250,17 @@ def _quiet() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def shared_out(compute: Compute, wanted: Sequence[int]) -> tuple[int, Compute]:
+    """How many runs to have under way at once, so that their trials fill what one alone would not, and what each may use.
+
+    Args:
+        wanted: trials that each run has at most at once by itself.
+    """
+    slots = concurrent_trials(compute)
+    runs = min(len(wanted), -(-slots // max(1, *wanted))) if wanted else 1
+    return runs, compute.model_copy(update={"concurrent_trials": slots // runs}) if runs > 1 else compute
 
 
 def concurrent_trials(compute: Compute) -> int:
