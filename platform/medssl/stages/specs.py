@@ -252,13 +252,14 @@ class Specs:
 
     def transfer(self, evaluation: Spec, shifted: ShiftedSet, marker: Marker) -> Spec:
         """One head seed of a cell on a shifted set; `marker` is of its evaluation."""
-        judged = shifted.index.loc[shifted.rows]
-        inputs = {
-            "evaluation": marker.digest,
-            "images": self._image_digest(judged),
-            "labels": digest_json([shifted.labels_N.tolist(), shifted.patients_N]),
-        }
-        images = len(judged) if evaluation.images else 0
+        name = shifted.params.name
+        if name not in self._shifted_digests:  # once for thousands of evaluations
+            self._shifted_digests[name] = {
+                "images": self._image_digest(shifted.index.loc[shifted.rows]),
+                "labels": digest_json([shifted.labels_N.tolist(), shifted.patients_N]),
+            }
+        inputs = {"evaluation": marker.digest, **self._shifted_digests[name]}
+        images = len(shifted.rows) if evaluation.images else 0
         return Spec("transfer", {"classes": shifted.shared}, inputs, f"{evaluation.label} on {shifted.params.name}", images)
 
     def rows(self, split: str) -> NDArray[np.int64]:
@@ -310,6 +311,10 @@ class Specs:
 
     @cached_property
     def _digests(self) -> dict[tuple[bytes, bool], str]:
+        return {}
+
+    @cached_property
+    def _shifted_digests(self) -> dict[str, dict[str, str]]:
         return {}
 
     @cached_property
