@@ -16,6 +16,7 @@ from medssl.datasets.findings import FindingsParams
 from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError, nearest
 from medssl.label_curves import expanded
+from medssl.matrix import written_out
 from medssl.networks.encoder import EncoderParams
 from medssl.networks.surgery import SurgeryParams
 from medssl.objectives import ObjectiveParams
@@ -163,7 +164,7 @@ class Recipe(Params):
     encoder: EncoderParams = EncoderParams()
     """Encoder of every arm that names none."""
     arms: tuple[Arm, ...] = Field(min_length=1)
-    """What is compared."""
+    """What is compared. An entry with `matrix` stands for several (medssl.matrix)."""
     outside: tuple[OutsideParams, ...] = ()
     """Arms that are predictions from a file; they are written among the arms."""
     repeats: Repeats = Repeats()
@@ -191,7 +192,7 @@ class Recipe(Params):
     @model_validator(mode="before")
     @classmethod
     def _write_out(cls, fields: Any) -> Any:
-        return expanded(split_arms(fields))
+        return expanded(split_arms(written_out(fields)))
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -53,26 +53,27 @@ def reliability_plots(data: ReportData) -> Figure | None:
     keys = _keys_in_order(data, data.reliabilities)
     if not keys:
         return None
-    panels = [_reliability(f"{svg.clipped(arm, 24)}, {title_of(p)}", *data.reliabilities[arm, p]) for arm, p in keys]
+    named = "what is said" if data.findings else "the named class"
+    panels = [_reliability(f"{svg.clipped(arm, 24)}, {title_of(p)}", *data.reliabilities[arm, p], named) for arm, p in keys]
     legend = [Key("as predicted", svg.swatch(svg.colour(0), line=True))]
     if any(corrected is not None for _, corrected in data.reliabilities.values()):
         legend.append(Key("class frequencies put back", svg.swatch(svg.colour(1), _CORRECTED, line=True)))
     legend.append(Key("believable", svg.swatch(svg.SOFT, "2 2", line=True)))
     caption = (
-        f"Share of {data.judged} images that are named rightly over the probability of the named class, all runs together in 15 "
+        f"Share of {data.judged} images that are named rightly over the probability of {named}, all runs together in 15 "
         "bins. Bars: share of the images in each bin, as predicted. Points of few images scatter."
     )
     return Figure(caption, panels, legend)
 
 
-def _reliability(title: str, plain: Reliability, corrected: Reliability | None) -> Markup:
+def _reliability(title: str, plain: Reliability, corrected: Reliability | None, named: str) -> Markup:
     width, height, left, top, floor = 360.0, 334.0, 40.0, 40.0, 296.0
     panel = svg.Panel(width, height, f"reliability of {title}")
     panel.text(4, 14, title, size=12, bold=True)
     panel.text(4, 31, "share named rightly", size=11, fill=svg.SOFT)
     xs, ys = svg.Scale(0, 1, left, width - 12), svg.Scale(0, 1, floor, top)
     panel.y_axis(ys, left, width - 12, 5)
-    panel.x_axis(xs, top, floor, "probability of the named class", 5)
+    panel.x_axis(xs, top, floor, f"probability of {named}", 5)
     shares_B = plain.images_B / plain.images_B.sum()
     for confidence, share in zip(plain.confidence_B, shares_B, strict=True):
         place, tall = min(math.ceil(confidence * 15), 15) - 1, float(share) * (floor - top) / 2

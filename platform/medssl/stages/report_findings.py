@@ -46,7 +46,7 @@ def known_table(facts: DatasetFacts) -> Table | None:
     """Images with each finding, without it, and of which it is not known, by split."""
     if not facts.findings:
         return None
-    splits = sorted(facts.findings, key=lambda s: (place(("train", "validation", "val", "test"), s), s))
+    splits = sorted(facts.findings, key=lambda s: (place(("train", "val", "test"), s), s))
     names = list(facts.findings[splits[0]])
     lines = [[name, *(count(number) for split in splits for number in facts.findings[split][name])] for name in names]
     columns = [

@@ -155,7 +155,7 @@ def counts_table(facts: DatasetFacts) -> Table | None:
     """Images and patients of a dataset by split and class."""
     if not facts.counts:
         return None
-    splits = sorted(facts.counts, key=lambda s: (place(("train", "validation", "test"), s), s))
+    splits = sorted(facts.counts, key=lambda s: (place(("train", "val", "test"), s), s))
     names = sorted({c for split in facts.counts.values() for c in split})
     lines = [[name, *(count(facts.counts[s].get(name, 0)) for s in splits)] for name in names if not facts.findings]
     lines = [[*line, count(sum(facts.counts[s].get(line[0], 0) for s in splits))] for line in lines]
