@@ -200,6 +200,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     left = [line for line in lines if line.state != "finished"]
     total = f", {sum(line.images for line in left):,} images known so far" if left else ": nothing to do"
     print(f"{len(lines) - len(left)} of {len(lines)} finished{total}")
+    saved = sum(line.users - 1 for line in lines)
+    if saved:
+        print(f"{saved} further stages need not be made: arms or protocols share the above")
     comparisons = [comparison for line in lines for comparison in line.comparisons]
     for comparison in comparisons:
         print(comparison.to_text())

@@ -8,9 +8,10 @@ a lease of its name while it runs and each artifact one of its own, since two st
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class PlanLine:
     """finished, to do, or waits (its inputs are not there yet, so its name is not known)."""
     images: int
     """Images it reads, each pass counted; 0 when nothing is to do."""
+    users: int = 1
+    """Arms and protocols that use it, though it is made once."""
     comparisons: tuple[Detectable, ...] = ()
     """Of the report: how small a difference each comparison can show. Empty for every other stage."""
 
@@ -234,18 +237,15 @@ class Study:
 
     def plan(self) -> list[PlanLine]:
         """The stages with their state and cost."""
-        lines = [self._line(spec) for _, _, spec in self.encoders()]
+        used = Counter(
+            spec.name
+            for arm in self.recipe.arms
+            for seed in self.specs.pretraining_seeds(arm)
+            if (spec := self.specs.encoder(arm, seed)) is not None
+        )
+        lines = [replace(self._line(spec), users=used[spec.name]) for _, _, spec in self.encoders()]
+        lines += self._embed_lines()
         waits = "waits"
-        for protocol in self.recipe.protocols:
-            for arm in self.recipe.arms:
-                if protocol.kind != "fine_tune":
-                    for seed in self.specs.pretraining_seeds(arm, protocol):
-                        spec = self.embed_spec(arm, seed, protocol)
-                        lines.append(
-                            self._line(spec)
-                            if spec
-                            else PlanLine("embed", f"embed {arm.name} seed {seed}", waits, len(self.specs.index))
-                        )
         for arm, protocol in self.searches():
             spec = self.search_spec(arm, protocol)
             lines.append(self._line(spec) if spec else PlanLine("search", f"search {protocol.name} of {arm.name}", waits, 0))
@@ -254,7 +254,18 @@ class Study:
         lines += [self._shifted_line(cell, shifted) for shifted in self.specs.shifted.values() for cell in self.specs.cells()]
         name = self.report_name()
         state = waits if name is None else ("finished" if name in self._finished else "to do")
-        return [*dict.fromkeys(lines), PlanLine("report", "report", state, 0, detectable(self))]
+        return [*dict.fromkeys(lines), PlanLine("report", "report", state, 0, comparisons=detectable(self))]
+
+    def _embed_lines(self) -> list[PlanLine]:
+        """Features, each once."""
+        found: list[PlanLine] = []
+        for protocol in self.recipe.protocols:
+            for arm in self.recipe.arms:
+                if protocol.kind != "fine_tune":
+                    for seed in self.specs.pretraining_seeds(arm, protocol):
+                        spec, label = self.embed_spec(arm, seed, protocol), f"embed {arm.name} seed {seed}"
+                        found.append(self._line(spec) if spec else PlanLine("embed", label, "waits", len(self.specs.index)))
+        return [replace(line, users=users) for line, users in Counter(found).items()]
 
     def _line(self, spec: Spec) -> PlanLine:
         done = self.is_finished(spec)
