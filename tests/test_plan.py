@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import finished_study
+from tests import finished_study
 
 
 def test_a_stage_that_arms_or_protocols_share_is_listed_once_with_its_users(tmp_path: Path) -> None:
@@ -12,7 +12,8 @@ def test_a_stage_that_arms_or_protocols_share_is_listed_once_with_its_users(tmp_
     probe = {"kind": "linear_probe", "head_seeds": 1, "probe": {"vary": ["head"]}, "search": fixed}
     arms = [{"name": "random"}, {"name": "again"}, {"name": "colour", "features": "colour"}]
     protocols = [probe | {"name": "probe"}, {"name": "knn", "kind": "knn", "probe": {"k": 3}}]
-    study = finished_study.make(tmp_path, {"arms": arms, "protocols": protocols, "repeats": {"pretraining_seeds": 2, "labels": 12}})
+    repeats = {"pretraining_seeds": 2, "labels": 12}
+    study = finished_study.make(tmp_path, {"arms": arms, "protocols": protocols, "repeats": repeats})
     lines = study.plan()
     encoders = [line for line in lines if line.stage == "initialise"]
     assert [(line.label, line.users) for line in encoders] == [(f"initialise random seed {seed}", 2) for seed in (0, 1)]
