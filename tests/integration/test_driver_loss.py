@@ -154,7 +154,8 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(tmp_path
     with open(tmp_path / "first.txt", "w") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log, env=tiny.environment())
     wait(lambda: len({key.split("/")[1] for key in scored()}) == 2, "a finished trial of each search")
-    ours = [p for p in family(driver.pid) if "ray::" in " ".join(p.cmdline())]  # what computes; Ray's agents linger
+    ours = [p for p in family(driver.pid) if "ImplicitFunc" in " ".join(p.cmdline())]  # trials; Ray's agents linger
+    assert ours
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)

@@ -15,7 +15,9 @@ import tiny
 from medssl import metrics
 from medssl.artifacts import finished
 from medssl.datasets.synthetic import PATTERNS, write_synthetic
+from medssl.errors import MedsslError
 from medssl.store import Store, open_store
+from medssl.study import plan
 
 pytestmark = pytest.mark.ray
 NAMES = ["first", "common"]
@@ -175,9 +177,9 @@ def test_the_policy_is_part_of_what_an_evaluation_is(place: Path, store: Store) 
     ],
 )
 def test_bad_recipes_of_findings_are_one_line(place: Path, changes: dict[str, Any], words: str) -> None:
-    path = tiny.write(place / "bad.yaml", recipe(**changes))
-    refused = tiny.medssl("plan", str(path), "--store", str(place / "store"), check=False)
-    assert refused.returncode and words in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+    with pytest.raises(MedsslError) as failed:
+        plan(recipe(**changes), str(place / "store"))
+    assert words in str(failed.value) and "\n" not in str(failed.value)
 
 
 def test_over_sampling_of_findings_is_refused(place: Path) -> None:
@@ -185,3 +187,4 @@ def test_over_sampling_of_findings_is_refused(place: Path) -> None:
     over["protocols"][3]["training"] = {"epochs": 1, "over_sample": True, "class_weights": "none"}
     refused = tiny.medssl("plan", str(tiny.write(path, over)), "--store", str(place / "store"), check=False)
     assert refused.returncode and "over_sample draws classes equally often" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
