@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -140,13 +141,19 @@ def test_a_streamed_epoch_shows_what_a_resident_one_does(place: Path, ray_sessio
 def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
     fields = tiny.pretraining_only(study=f"mix-{feeding}")
     fields["images"] = fields["images"] | {"feeding": feeding}
-    fields["arms"] = [fields["arms"][0] | {"mix": [{}, {"dataset": "datasets/more", "times": 2}]}]
+    mixed = fields["arms"][0]
+    taught = {"objective": {"name": "supervised"}, "mix": [{"dataset": "datasets/more"}]}
+    fields["arms"] = [
+        mixed | {"mix": [{}, {"dataset": "datasets/more", "times": 2}]},
+        mixed | {"name": "chain", "initial_weights": "arm:taught", "epochs": 1},  # before the arm that it starts from
+        mixed | {"name": "taught", "epochs": 1} | taught,
+    ]
     fields["compute"] = {"workers": 2, "monitor_every_epochs": 1}
     path, store = str(tiny.write(tmp_path / "study.yaml", fields)), str(place / "store")
 
     def cost(*overrides: str) -> int:
         lines = json.loads(tiny.medssl("plan", path, "--store", store, "--json", *overrides).stdout)
-        return int(next(line["images"] for line in lines if line["stage"] == "pretrain"))
+        return int(next(line["images"] for line in lines if line["label"] == "pretrain barlow_twins seed 0"))
 
     train = int((datasets(place)[0].index()["split"] == "train").sum())
     assert cost() == 2 * (train + 2 * 60)
@@ -162,6 +169,43 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
     assert "non-commercial: more" in made.stdout + made.stderr
     card = next(tmp_path.glob("*.md")).read_text()
     assert "each 2 times an epoch" in card
+    _check_chain(place / "store", report.read_text(), tmp_path, f"mix-{feeding}")
+
+
+def _check_chain(store: Path, report: str, tmp_path: Path, study: str) -> None:
+    """The arm that starts from another has that one's weights; report and model card say so."""
+    assert "the encoder of taught" in report and "supervised on 1 x more (train)" in report
+    markers = {path.parent.name: json.loads(path.read_text()) for path in store.glob("artifacts/pretrain-*/marker.json")}
+    chained = [marker for marker in markers.values() if "initial_weights" in marker["inputs"]]
+    starts = {marker["inputs"]["initial_weights"]: marker["facts"]["initial_weights"] for marker in chained}
+    for parent, facts in starts.items():
+        weights = (store / "artifacts" / parent / "encoder.safetensors").read_bytes()
+        assert facts["sha256"] == hashlib.sha256(weights).hexdigest()
+        assert facts["summary"] == "all weights of pretrain taught seed 0"
+    assert starts
+    out = tmp_path / "chain.safetensors"
+    tiny.medssl("export", "chain", "--format", "timm", "--out", str(out), "--study", study, "--store", str(store))
+    card = Path(f"{out}.card.md").read_text()
+    assert "for taught, which it started from" in card and "**Non-commercial**: the licence of more" in card
+    tiny.medssl("export", "taught", "--format", "timm", "--out", str(out), "--study", study, "--store", str(store))
+    assert "pretrained on labels by supervised" in Path(f"{out}.card.md").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective": {"name": "supervised", "classes": ["mel", "wart"]}}, ["objective.classes has 'wart'", "its labels are"]),
+        ({"objective": {"name": "supervised", "classes": ["mel"]}}, ["needs two classes or more"]),
+    ],
+)
+def test_labels_that_are_not_there_are_one_line(place: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
+    fields, store = tiny.pretraining_only(), str(place / "store")
+    fields["arms"] = [fields["arms"][0] | {"mix": [{"dataset": "datasets/more"}]} | changes]
+    done = tiny.medssl("run", str(tiny.write(tmp_path / "s.yaml", fields)), "--store", store, check=False)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
 
 
 @pytest.mark.ray

@@ -12,6 +12,7 @@ from medssl.judging import check_report
 from medssl.metrics import UNKNOWN
 from medssl.mixes import check_splits, joined_index
 from medssl.mixes import shown as all_shown
+from medssl.objectives import SupervisedParams
 from medssl.stages.specs import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
@@ -121,13 +122,29 @@ def _check_pretrainings(study: Study) -> None:
             continue
         if arm.pairs == "bag":
             _check_bags(study, arm)
+        if isinstance(arm.objective, SupervisedParams):
+            _check_labels(study, arm)
         if arm.further.trained != "all" or arm.encoder_parts > 1 or arm.surgery is not None or arm.views.small_crops:
             from medssl.training.step import check_plan  # loads the networks' library, which takes seconds
 
             try:
-                check_plan(study.recipe.plan(arm, 0))
+                check_plan(study.specs.plan(arm, 0))
             except RecipeError as error:
                 raise RecipeError(f"arm '{arm.name}': {error}") from None
+
+
+def _check_labels(study: Study, arm: Arm) -> None:
+    """Each class of a supervised pretraining has images, and there are two or more."""
+    parts = study.specs.mix(arm)
+    where = " and ".join(str(part.dataset) for part in parts)
+    there = {str(label) for part in parts for label in part.index.loc[part.rows, "label"]}
+    classes = study.specs.plan(arm, 0).objective.classes  # type: ignore[attr-defined]
+    absent = next((name for name in classes if name not in there), None)
+    if absent is not None:
+        raise DataError(f"arm '{arm.name}': objective.classes has '{absent}', a label no image of {where} has: its labels are "
+                        f"{', '.join(sorted({str(v) for p in parts for v in p.index['label'].dropna()})) or 'none'}")
+    if len(classes) < 2:
+        raise DataError(f"arm '{arm.name}': supervised pretraining needs two classes or more, and {where} has {len(classes)}")
 
 
 def _check_bags(study: Study, arm: Arm) -> None:

@@ -98,6 +98,11 @@ def _add_study(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return sub
 
 
+_LAYOUTS = (
+    "isic2018", "isic2019", "isic2019-paper000", "ham10000", "isic2017", "padufes20", "dermnet", "oral", "breakhis400",
+    "kather2016", "patchcamelyon", "kermany", "chexpert", "nih14", "covid-cxr", "busi", "brain-mri", "eurosat", "dicom",
+)  # fmt: skip
+"""Names of `datasets.layouts.LAYOUTS`, which a test compares; importing them here would slow every command."""
 _COLUMNS = ("image", "image-id", "label", "patient", "bag", "split", "site", "device", "sex", "age")
 
 
@@ -105,6 +110,7 @@ def _add_ingest(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", help="a table (.csv, .tsv, .parquet), or a folder with one folder per class")
     sub.add_argument("--to", required=True, metavar="URI", help="where the dataset goes: s3://bucket/path or file:///folder")
     sub.add_argument("--root", help="folder or s3:// URI that relative image paths start from (default: the table's folder)")
+    sub.add_argument("--layout", metavar="NAME", help=f"the unpacked folder of a public dataset: {', '.join(_LAYOUTS)}")
     sub.add_argument("--name", help="name of the dataset (default: the last part of the URI)")
     for column in _COLUMNS:
         sub.add_argument(f"--{column}-column", metavar="COLUMN", help=f"column that holds the {column.replace('-', ' ')}")
@@ -232,6 +238,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
     names = [column.replace("-", "_") for column in _COLUMNS]
     options = IngestOptions(
         name=arguments.name,
+        layout=arguments.layout,
         columns=TableColumns(**{name: getattr(arguments, f"{name}_column") for name in names}),
         root=arguments.root,
         label_separator=arguments.label_separator,

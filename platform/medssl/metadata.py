@@ -54,7 +54,7 @@ def sniff_format(data: bytes) -> ImageFormat:
         return "tiff"
     if not data:
         raise DataError("the file is empty")
-    found = "DICOM" if data[128:132] == b"DICM" else "an unknown format"
+    found = "DICOM (ingest a folder of it with --layout dicom)" if data[128:132] == b"DICM" else "an unknown format"
     found = next((name for signature, name in _OTHER_SIGNATURES.items() if data.startswith(signature)), found)
     raise DataError(f"not a JPEG, PNG or TIFF image but {found}")
 

@@ -16,6 +16,7 @@ from medssl.datasets.findings import FindingsParams
 from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError, nearest
 from medssl.label_curves import expanded
+from medssl.lineage import ARM, check_lineage
 from medssl.matrix import written_out
 from medssl.networks.encoder import EncoderParams
 from medssl.networks.surgery import SurgeryParams
@@ -66,7 +67,8 @@ class Arm(Params):
     encoder: EncoderParams | None = None
     """The arm's own encoder; null uses the study's."""
     initial_weights: str = "random"
-    """`random`, `timm` (the encoder's pretrained weights), `timm:NAME`, or a file (stages/initial.py says where it is sought);
+    """`random`, `timm` (the encoder's pretrained weights), `timm:NAME`, `arm:NAME` (what another arm of the study has
+    pretrained, seed by seed), or a file (stages/initial.py says where it is sought);
     `function` where the encoder is a function of your own that loads weights."""
     objective: ObjectiveParams | None = None
     """Pretraining objective; null pretrains nothing."""
@@ -111,6 +113,11 @@ class Arm(Params):
             field = "surgery" if self.surgery is not None else "further"
             raise ValueError(f"arm '{self.name}': {field} is for weights that are given, but initial_weights is random")
         if self.objective is not None:
+            if self.objective.takes_labels and (self.pairs == "bag" or not self.mix or any(p.dataset is None for p in self.mix)):
+                raise ValueError(
+                    f"arm '{self.name}': {self.objective.name} pretraining is on labels of other datasets, image by image (of "
+                    "the study's own it would see more than a draw): give mix with datasets, and pairs: image"
+                )
             try:
                 self.objective.check(batch_size=self.batch_size)
             except ValueError as error:
@@ -197,6 +204,8 @@ class Recipe(Params):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         self._check_names()
+        for arm in self.arms:
+            check_lineage(self, arm)
         for comparison in self.comparisons:
             self._check_comparison(comparison)
         claims = [c.claim for c in self.comparisons]
@@ -311,6 +320,16 @@ class Recipe(Params):
         if comparison.metric not in self.metrics:
             near = nearest(comparison.metric, self.metrics)
             raise ValueError(f"comparison metric '{comparison.metric}' is not among the study's metrics: {near}")
+
+    def parent(self, arm: Arm) -> Arm | None:
+        """The arm whose encoder this one starts from; None for other weights."""
+        named = arm.initial_weights.removeprefix(ARM) if arm.initial_weights.startswith(ARM) else None
+        return next((each for each in self.arms if each.name == named), None)
+
+    def generation(self, arm: Arm) -> int:
+        """Number of arms that have to be pretrained before it."""
+        parent = self.parent(arm)
+        return 0 if parent is None else 1 + self.generation(parent)
 
     def encoder_of(self, arm: Arm) -> EncoderParams:
         """The encoder that an arm uses."""

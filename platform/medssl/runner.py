@@ -26,10 +26,11 @@ from medssl.stages.cluster import connected, require_gpus
 from medssl.stages.context import Context
 from medssl.stages.encode import EmbedTask, InitialiseTask, run_encoding
 from medssl.stages.evaluate import EvaluateTask, SearchTask, run_evaluations, run_search
-from medssl.stages.initial import GivenWeights, stage_weights
+from medssl.stages.initial import GivenWeights, stage_arm, stage_weights
 from medssl.stages.pretrain import run_pretrain
 from medssl.stages.progress import OnProgress
 from medssl.stages.search import most_at_once
+from medssl.stages.shown import labels_shown
 from medssl.stages.side_by_side import SideBySide
 from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec
 from medssl.stages.transfer import TransferTask, run_transfers
@@ -74,6 +75,7 @@ class Runner:
         """Pretrains one encoder after the other, each on all workers; random ones are made side by side."""
         study = self.study
         missing = [entry for entry in study.encoders() if not study.is_finished(entry[2])]
+        missing.sort(key=lambda entry: study.recipe.generation(entry[0]))  # an arm's encoder before those that start from it
         given = self._given_weights(missing)  # first of all: what does not fit is refused before hours of training
         self._encode(
             "initialise",
@@ -103,9 +105,11 @@ class Runner:
     def _pretrain(self, arm: Arm, seed: int, spec: Spec, given: GivenWeights | None, on_progress: OnProgress) -> Marker:
         study, recipe = self.study, self.study.recipe
         self._connect()
+        if recipe.parent(arm) is not None:
+            given = stage_arm(study.specs, arm, seed, spec, study.store)
         watched = self._watched(seed)
         return run_pretrain(
-            study.store, spec, recipe.plan(arm, seed),
+            study.store, spec, study.specs.plan(arm, seed),
             sources=self._sources(arm),
             decoding=recipe.decoding,
             compute=recipe.compute,
@@ -114,6 +118,7 @@ class Runner:
             on_progress=on_progress,
             watched=watched,
             watched_images=self.context.resident if watched else None,
+            labels=labels_shown(study.specs.plan(arm, seed).objective, study.specs.mix(arm)),
         )  # fmt: skip
 
     def _sources(self, arm: Arm) -> list[Source]:

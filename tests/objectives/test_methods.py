@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medssl.collectives import Process, convert_batch_norm
-from medssl.objectives import METHODS, Clock, Objective
+from medssl.objectives import METHODS, Clock, Objective, supervised_loss
 from medssl.objectives.byol import BYOLParams, target_momentum
 from medssl.objectives.swav import SwAVParams, sinkhorn, swav_loss
 from medssl.training.step import Pretraining, distribute
@@ -28,7 +28,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "vicreg": {"projector": (16, 24)},
     "byol": {"projector": (16, 12), "predictor_width": 20},
     "swav": {"projector": (16, 12), "prototypes": 7, "queue": 2 * BATCH, "queue_start_epoch": 1, "freeze_prototypes_steps": 2},
+    "supervised": {"classes": ("a", "b", "c"), "label_smoothing": 0.1},
 }
+LABELS = torch.arange(BATCH) * 7 % 3
 assert set(SMALL) == set(METHODS)
 
 
@@ -68,7 +70,8 @@ def _train_body(process: Process, name: str, steps: int = 5) -> list[dict[str, A
     for step in range(steps):
         clock = Clock(step, steps, 2)
         objective.before_step(clock)
-        outcome = wrapped(*(view[mine] for view in views_of_step(step, 2 if name == "swav" else 0)))
+        labels = {"labels_B": LABELS[mine]} if METHODS[name].Params.takes_labels else {}
+        outcome = wrapped(*(view[mine] for view in views_of_step(step, 2 if name == "swav" else 0)), **labels)
         module.zero_grad()
         outcome["loss"].backward()
         objective.after_backward(clock)
@@ -113,6 +116,21 @@ def test_every_objective_speaks_the_protocol() -> None:
     for name, method in METHODS.items():
         assert issubclass(method, Objective) and method.Params.model_fields["name"].default == name
         assert method.__module__.rpartition(".")[2] == name, "one file per method, named as the method"
+
+
+def test_supervised_loss_is_the_mean_over_both_views_with_smoothed_targets() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(5, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    labels = [2, 0, 1, 1, 0]
+    expected = 0.0
+    for view in logits:
+        for row, label in zip(view.tolist(), labels, strict=True):
+            total = sum(math.exp(value) for value in row)
+            targets = [0.9 * (k == label) + 0.1 / 3 for k in range(3)]
+            expected -= sum(t * math.log(math.exp(v) / total) for t, v in zip(targets, row, strict=True)) / 10
+    assert float(supervised_loss(*logits, torch.tensor(labels), 0.1)) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="needs labels"):
+        build("supervised")(*views_of_step(0, 0))
 
 
 def test_byol_target_follows_the_encoder() -> None:

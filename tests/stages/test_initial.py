@@ -58,7 +58,7 @@ def test_what_is_no_file_of_weights(store: Store) -> None:
         ("nowhere.pth", DataError, f"'nowhere.pth': there is no such file in {Path.cwd()} or in {store.uri}"),
         ("/nowhere/w.pth", DataError, "'/nowhere/w.pth': there is no such file"),
         ("../w.pth", DataError, "'../w.pth': there is no such file"),
-        ("weights.npz", RecipeError, "'weights.npz': give `random`, `timm`, `timm:NAME`, `function`, or a file that ends in .s"),
+        ("weights.npz", RecipeError, "'weights.npz': give `random`, `timm`, `timm:NAME`, `arm:NAME`, `function`, or a file"),
         ("https://example.org/w.pth", RecipeError, "download the file"),
         ("timm:no_such_net", RecipeError, "'no_such_net' is no timm model"),
     ]:

@@ -39,6 +39,8 @@ class Provenance:
     rejected_list: str | None = None
     held_out: dict[str, Any] | None = None
     """Where one value of a column is the test split: column, value, and how many images are without a value."""
+    layout: dict[str, Any] | None = None
+    """The public dataset's layout that it was read by: name, and the seed where it draws a split."""
 
 
 def build_card(
@@ -74,6 +76,7 @@ def build_card(
         "split_seed": provenance.split_seed,
         "split_shares": provenance.split_shares,
         **({"held_out": provenance.held_out} if provenance.held_out is not None else {}),
+        **({"layout": provenance.layout} if provenance.layout is not None else {}),
         "leakage": {
             "allowed": provenance.leakage_allowed, "patients": len(leakage.patients), "bags": len(leakage.bags),
         },

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medssl.datasets.members import read_member, split_member
 from medssl.datasets.rowset import KEY_COLUMNS
 from medssl.errors import DataError, MissingKey
 from medssl.images import load, perceptual_hash, strip_metadata
@@ -160,6 +161,8 @@ def _read_ahead(rows: pa.Table) -> Iterator[tuple[dict[str, Any], Future[bytes]]
 
 def _read(uri: str, stores: dict[str, Store]) -> bytes:
     """An image's bytes; DataError when there are none, StoreError when the store fails."""
+    if split_member(uri)[1] is not None:
+        return read_member(uri, lambda path: _read(path, stores))
     try:
         if uri.startswith("s3://"):
             bucket, _, key = uri.removeprefix("s3://").partition("/")

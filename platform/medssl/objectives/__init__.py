@@ -14,6 +14,7 @@ from medssl.objectives.common import Clock, MethodParams, Objective
 from medssl.objectives.dcl import DCL, dcl_loss
 from medssl.objectives.simclr import SimCLR, nt_xent_loss
 from medssl.objectives.simsiam import SimSiam, simsiam_loss
+from medssl.objectives.supervised import Supervised, SupervisedParams, supervised_loss
 from medssl.objectives.swav import SwAV, sinkhorn, swav_loss
 from medssl.objectives.vicreg import VICReg, vicreg_loss
 
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Objective]] = {
     "vicreg": VICReg,
     "byol": BYOL,
     "swav": SwAV,
+    "supervised": Supervised,
 }
 """Each method by the name in its parameters."""
 
@@ -34,6 +36,6 @@ else:
     ObjectiveParams = Annotated[reduce(or_, (method.Params for method in METHODS.values())), Field(discriminator="name")]
 
 __all__ = [
-    "METHODS", "Clock", "MethodParams", "Objective", "ObjectiveParams", "barlow_twins_loss", "byol_loss", "dcl_loss",
-    "nt_xent_loss", "simsiam_loss", "sinkhorn", "swav_loss", "vicreg_loss",
+    "METHODS", "Clock", "MethodParams", "Objective", "ObjectiveParams", "SupervisedParams", "barlow_twins_loss", "byol_loss",
+    "dcl_loss", "nt_xent_loss", "simsiam_loss", "sinkhorn", "supervised_loss", "swav_loss", "vicreg_loss",
 ]  # fmt: skip

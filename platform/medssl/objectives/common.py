@@ -30,6 +30,8 @@ class MethodParams(Params):
 
     multi_crop: ClassVar[bool] = False
     """Whether the method takes more than two views."""
+    takes_labels: ClassVar[bool] = False
+    """Whether it is trained on labels of the images shown."""
     name: str
     """Which objective this is."""
 

@@ -28,6 +28,7 @@ from medssl.datasets.card import CARD, Provenance, build_card
 from medssl.datasets.dataset import read_card
 from medssl.datasets.folder import read_folder
 from medssl.datasets.held_out import HeldOut
+from medssl.datasets.layouts import read_layout
 from medssl.datasets.leakage import Leakage
 from medssl.datasets.pseudonyms import pseudonym, pseudonymise
 from medssl.datasets.rowset import sorted_by_id
@@ -108,6 +109,8 @@ class IngestOptions:
 
     name: str | None = None
     """Name of the dataset; the last part of its URI when None."""
+    layout: str | None = None
+    """A public dataset's layout (`datasets.layouts.LAYOUTS`); None takes the source for a table or a folder per class."""
     columns: TableColumns = TableColumns()
     """Names of a table's columns by role."""
     root: str | None = None
@@ -186,6 +189,7 @@ def ingest(
         leakage_allowed=bool(leakage),
         pseudonymised_columns=replaced,
         held_out=held_out,
+        layout=None if options.layout is None else {"name": options.layout, "seed": options.seed},
     )
     with lease(store, "ingest", on_wait=on_wait) as held, connected(cpus=1, address=address):
         read_card(store)  # refuses to replace what is no dataset before any work is done
@@ -194,12 +198,17 @@ def ingest(
 
 
 def _read_source(source: str, options: IngestOptions) -> pa.Table:
+    table_only = options.columns != TableColumns() or options.root or options.drop or options.label_separator
+    if options.layout is not None:
+        if table_only:
+            raise DataError(f"layout {options.layout} knows its columns: leave columns, root, drop and label separator out")
+        return read_layout(source, options.layout, seed=options.seed, pseudonyms=options.pseudonym_key is not None)
     table_suffixes = (".csv", ".tsv", ".txt", ".parquet", ".pq")
     if source.lower().endswith(table_suffixes) and not Path(source).is_dir():
         return read_table(
             source, options.columns, root=options.root, label_separator=options.label_separator, drop=options.drop
         )
-    if options.columns != TableColumns() or options.root or options.drop or options.label_separator:
+    if table_only:
         raise DataError(
             f"{source} is taken for a folder per class: columns, root and label separator belong to a table"
         )
@@ -323,7 +332,8 @@ def _publish(
     store.write(index_path, data)
     rejected_list = None
     if rejected:
-        listing = _rejected_csv(rejected, with_paths=not provenance.pseudonymised_columns)
+        named = provenance.layout is not None and provenance.layout["name"] == "dicom"  # its paths often hold names
+        listing = _rejected_csv(rejected, with_paths=not (provenance.pseudonymised_columns or named))
         rejected_list = f"rejected-{hashlib.sha256(listing).hexdigest()[:20]}.csv"
         store.write(rejected_list, listing)
     provenance = replace(provenance, rejected=len(rejected), rejected_list=rejected_list)

@@ -1,9 +1,9 @@
 """The weights that an arm starts from: found, fitted to its encoder, and put where every worker can read them.
 
-`initial_weights` is `random`, `timm` (the encoder's own pretrained weights), `timm:NAME`, `function` (the weights that a
-user's own encoder comes with, see networks/own.py), or a file: a URI, an absolute path, or a relative one, which is taken from
-the current folder if the file is there and else from the store. Only the driver looks: workers on other nodes have another
-current folder, other disks, and perhaps no way to the network.
+`initial_weights` is `random`, `timm` (the encoder's own pretrained weights), `timm:NAME`, `arm:NAME` (the encoder that another
+arm of the study makes), `function` (the weights that a user's own encoder comes with, see networks/own.py), or a file: a URI, an
+absolute path, or a relative one, which is taken from the current folder if the file is there and else from the store. Only the
+driver looks: workers on other nodes have another current folder, other disks, and perhaps no way to the network.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from medssl.artifacts import digest_json, folder
-from medssl.errors import DataError, RecipeError
+from medssl.artifacts import digest_json, folder, read_marker
+from medssl.errors import DataError, RecipeError, StoreError
 from medssl.given import read_given
 from medssl.networks.encoder import EncoderParams
 from medssl.recipe import Arm, Recipe
-from medssl.stages.specs import Spec
+from medssl.stages.specs import Spec, Specs
 from medssl.store import Store
 
 if TYPE_CHECKING:
     from torch import nn
 
+ENCODER = "encoder.safetensors"
+"""File of a finished encoder in its artifact's folder."""
 STAGED = "initial.safetensors"
 """File in the artifact's folder with the fitted weights while the artifact is being made."""
 FUNCTION = "function"
@@ -58,7 +60,7 @@ def weights_digests(recipe: Recipe, store: Store) -> dict[str, str]:
     return {
         arm.name: _digest(arm.initial_weights, recipe.encoder_of(arm), store)
         for arm in recipe.arms
-        if arm.initial_weights != "random"
+        if arm.initial_weights != "random" and recipe.parent(arm) is None
     }
 
 
@@ -71,8 +73,32 @@ def stage_weights(recipe: Recipe, store: Store, encoders: Iterable[tuple[Arm, in
     return {
         spec.name: _stage(arm, recipe.encoder_of(arm), seed, spec, store)
         for arm, seed, spec in encoders
-        if arm.initial_weights != "random"
+        if arm.initial_weights != "random" and recipe.parent(arm) is None
     }
+
+
+def stage_arm(specs: Specs, arm: Arm, seed: int, spec: Spec, store: Store) -> GivenWeights:
+    """Puts the finished encoder of the arm that another one starts from into that one's folder.
+
+    Raises:
+        StoreError: it is not there any more.
+    """
+    parent = specs.recipe.parent(arm)
+    assert parent is not None
+    start = specs.encoder(parent, specs.parent_seed(parent, seed))
+    marker = read_marker(store, start.name) if start else None
+    if start is None or marker is None:
+        raise StoreError(f"the encoder of {parent.name} vanished from the store: run the study again")
+    tensors = folder(store, start.name).read(ENCODER)
+    root = marker.facts.get("initial_weights")
+    summary = f"all weights of {start.label}" + (f", which started from {root['source']}" if root else "")
+    place = folder(store, spec.name)
+    place.write(STAGED, tensors)
+    facts = {
+        "source": arm.initial_weights, "source_digest": marker.digest, "sha256": hashlib.sha256(tensors).hexdigest(),
+        "licence": root["licence"] if root else "", "summary": summary,
+    }  # fmt: skip
+    return GivenWeights(place.uri_of(STAGED), facts)
 
 
 def _stage(arm: Arm, encoder: EncoderParams, seed: int, spec: Spec, store: Store) -> GivenWeights:
@@ -139,7 +165,7 @@ def _read(given: str, store: Store) -> bytes:
     """The file's bytes."""
     if not given.startswith(("http://", "https://")) and not given.endswith(SUFFIXES):
         choices = ", ".join(SUFFIXES)
-        known = "`random`, `timm`, `timm:NAME`, `function`"
+        known = "`random`, `timm`, `timm:NAME`, `arm:NAME`, `function`"
         raise RecipeError(f"initial_weights '{given}': give {known}, or a file that ends in {choices}")
     return read_given(given, store, f"initial_weights '{given}'")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -83,6 +83,14 @@ def data_facts(store: Store, recipe: Recipe, arm: Arm, given: Mapping[str, Any] 
         found = [_dataset_facts(store, part.dataset or recipe.dataset, part) for part in recipe.mix(arm)]
         if all(part.dataset is not None for part in recipe.mix(arm)):
             found.append(_dataset_facts(store, recipe.dataset, None))
+    ancestor = recipe.parent(arm)
+    while ancestor is not None:
+        parts = recipe.mix(ancestor) if ancestor.objective is not None or ancestor.is_random else ()
+        shown = [_dataset_facts(store, part.dataset or recipe.dataset, part) for part in parts]
+        found += [replace(each, role=f"{each.role}: for {ancestor.name}, which it started from") for each in shown]
+        first, ancestor = ancestor, recipe.parent(ancestor)
+        if ancestor is None and first.initial_weights == "random":
+            return found
     if given is not None:
         found.append(DataFacts(str(given["source"]), "weights that the encoder started from", given["licence"], given["summary"]))
     return found
@@ -141,9 +149,10 @@ def _method(arm: Arm, facts: CardFacts) -> str:
     if arm.objective is None:
         after = ", batch-norm statistics estimated on the images" if arm.is_random else ""
         return f"{facts.params.name} with {given}{after}; no pretraining."
+    labels = "on labels" if arm.objective.takes_labels else "without labels"
     objective = ", ".join(f"{key} {value}" for key, value in arm.objective.canonical().items() if key != "name")
     return (
-        f"{facts.params.name}, from {given}, pretrained without labels by {arm.objective.name} ({objective}) for {arm.epochs} "
+        f"{facts.params.name}, from {given}, pretrained {labels} by {arm.objective.name} ({objective}) for {arm.epochs} "
         f"epochs at batch {arm.batch_size} with {arm.optimiser.name}."
     )
 

@@ -67,6 +67,8 @@ class Job:
     """How to open the resident file that they are in."""
     packed_uri: str | None = None
     """Images that can be read singly, for streamed bags."""
+    labels: list[int] | None = None
+    """Labels by image number, for a method that takes them."""
 
 
 def run_pretrain(
@@ -82,6 +84,7 @@ def run_pretrain(
     on_progress: OnProgress | None = None,
     watched: Watched | None = None,
     watched_images: Mapping[str, Any] | None = None,
+    labels: Sequence[int] | None = None,
 ) -> Marker:
     """Trains (or goes on training) one encoder and publishes its artifact.
 
@@ -92,6 +95,7 @@ def run_pretrain(
         before_publish: called before the marker is written; raises when the run has lost its lease.
         watched: labelled images for the kNN curve, measured as `compute.monitor_every_epochs` says.
         watched_images: arguments of `rows.open_resident` for these.
+        labels: places in the classes by image number, for a method that takes labels.
 
     Raises:
         NonFiniteLoss: the loss turned NaN or infinite; nothing is retried.
@@ -105,8 +109,9 @@ def run_pretrain(
         seen = asdict(watched) if watched else None
         where = dict(watched_images) if watched_images else None
         job = Job(
-            store.uri, spec.name, plan.canonical(), list(sources), asdict(decoding), compute.canonical(), uri, seen, where
-        )
+            store.uri, spec.name, plan.canonical(), list(sources), asdict(decoding), compute.canonical(), uri, seen, where,
+            labels=None if labels is None else list(labels),
+        )  # fmt: skip
         datasets = {}
         if sources[0].resident is None and plan.pairs == "bag":
             job = replace(job, packed_uri=ensure_packed(open_dataset(sources[0].dataset_uri), store))
@@ -234,6 +239,7 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
         sample_BHWC=_sample(job) if plan.surgery is not None else None,
         monitor=monitor,
         monitor_every_epochs=compute.monitor_every_epochs or 1,
+        labels_N=None if job.labels is None else torch.tensor(job.labels),
     )  # fmt: skip
     return asdict(result)
 

@@ -35,7 +35,9 @@ def arm_facts(recipe: Recipe, arm: Arm) -> ArmFacts:
     if arm.features == "colour":
         return ArmFacts(arm.name, "colour and intensity statistics of the image, no network", "colour")
     encoder = recipe.encoder_of(arm)
-    begin = "random weights" if arm.initial_weights == "random" else f"weights of {arm.initial_weights.rpartition('/')[2]}"
+    parent = recipe.parent(arm)
+    given = f"the encoder of {parent.name}" if parent else f"weights of {arm.initial_weights.rpartition('/')[2]}"
+    begin = "random weights" if arm.initial_weights == "random" else given
     if arm.objective is None and not arm.is_random:
         return ArmFacts(arm.name, f"{encoder.name} at {encoder.image_px} px, {begin}, no pretraining here")
     if arm.objective is None:

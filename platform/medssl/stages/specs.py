@@ -23,6 +23,8 @@ from medssl.mixes import seen_elsewhere
 from medssl.protocols import Probe, Protocol
 from medssl.recipe import Arm, Recipe
 from medssl.shifted import ShiftedSet, shifted_set
+from medssl.stages.shown import ShownPart, candidates, with_classes
+from medssl.training.plan import PretrainPlan
 
 # Raised when a stage's numbers change for the same configuration.
 VERSIONS = {"pretrain": 2, "initialise": 2, "embed": 2, "search": 2, "evaluate": 2, "transfer": 1, "report": 3}
@@ -68,21 +70,6 @@ class Cell:
         return (
             f"{self.protocol.name} of {self.arm.name}, pretraining seed {self.pretraining_seed}, draw {self.label_draw}"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class ShownPart:
-    """Images of one dataset that a pretraining is shown."""
-
-    dataset: str | None
-    """As the recipe names it; None is the study's own."""
-    index: pd.DataFrame
-    rows: NDArray[np.int64]
-    """Ascending."""
-    splits: tuple[str, ...]
-    times: int
-    left_out: NDArray[np.int64]
-    """Rows of these splits that are images of the study's validation or test split, and are not shown."""
 
 
 @dataclass
@@ -132,12 +119,19 @@ class Specs:
         config: dict[str, Any] = {"images": self._decoding()}
         inputs = {"images": digest_json(digests) if arm.mix else digests[0][1]}
         images = sum(part.times * len(part.rows) for part in parts)
-        if arm.initial_weights != "random":
+        parent = self.recipe.parent(arm)
+        if parent is not None:  # its name covers all that decides it, and is known before it is made
+            start = self.encoder(parent, self.parent_seed(parent, seed))
+            assert start is not None
+            inputs["initial_weights"] = start.name
+        elif arm.initial_weights != "random":
             inputs["initial_weights"] = self.weights_digests[arm.name]
         if arm.objective is None:
             config |= {"encoder": self._architecture(arm), "seed": seed}
             return Spec("initialise", config, inputs, f"initialise {arm.name} seed {seed}", images)
-        plan = self.recipe.plan(arm, seed)
+        plan = self.plan(arm, seed)
+        if plan.objective.takes_labels:
+            inputs["labels"] = digest_json([part.index.loc[part.rows, "label"].tolist() for part in parts])
         config |= {"plan": plan.canonical() | {"encoder": self._architecture(arm)}, "feeding": self.recipe.images.feeding}
         if arm.pairs == "bag":
             keys = [part.index.loc[part.rows, ["image_id", "bag_id", "patient_id"]].astype(object) for part in parts]
@@ -145,8 +139,16 @@ class Specs:
             inputs["bags"] = digest_json(lists if arm.mix else lists[0])
         return Spec("pretrain", config, inputs, f"pretrain {arm.name} seed {seed}", images * plan.total_epochs)
 
+    def parent_seed(self, parent: Arm, seed: int) -> int:
+        """Pretraining seed of the encoder that another arm's seed starts from: the same, or the only one."""
+        return seed if seed in self.pretraining_seeds(parent) else 0
+
+    def plan(self, arm: Arm, seed: int) -> PretrainPlan:
+        """The pretraining of one seed."""
+        return with_classes(self.recipe.plan(arm, seed), self.mix(arm))
+
     def mix(self, arm: Arm) -> list[ShownPart]:
-        """What the arm's pretraining is shown, part by part.
+        """What the arm's pretraining is shown, part by part; to a method that takes labels, images that have one.
 
         Images of another dataset that are, byte for byte, validation or test images of the study, or images of a shifted set
         that it is judged on, are left out.
@@ -154,7 +156,7 @@ class Specs:
         parts = []
         for part in self.recipe.mix(arm):
             index = self.index if part.dataset is None else self.others[part.dataset]
-            rows = index.index[index["split"].isin(part.splits)].to_numpy(dtype=np.int64)
+            rows = candidates(index, part.splits, arm.objective)
             judged = seen_elsewhere(index, rows, self._judged_images) if part.dataset is not None else rows[:0]
             parts.append(ShownPart(part.dataset, index, np.setdiff1d(rows, judged), part.splits, part.times, judged))
         return parts

@@ -138,6 +138,7 @@ def pretrain(
     sample_BHWC: Tensor | None = None,
     monitor: Monitor | None = None,
     monitor_every_epochs: int = 1,
+    labels_N: Tensor | None = None,
 ) -> PretrainResult:
     """Trains as `plan` says, going on from the last checkpoint in `output`; every rank calls it alike.
 
@@ -146,7 +147,8 @@ def pretrain(
     rank at every logged step. A loss or gradient that is not finite ends the training with that status on all ranks; it is
     no exception, and no checkpoint holds it. On `sample_BHWC`, stored uint8 images, the plan's surgery measures how far it
     moves features. `monitor` is called on rank 0 with the encoder in evaluation mode after every `monitor_every_epochs`
-    epochs and the last; what it returns goes to `monitor/<epoch>.json`.
+    epochs and the last; what it returns goes to `monitor/<epoch>.json`. `labels_N` are the labels by image number, for a
+    method that takes them.
     """
     if feed.batch_size != plan.batch_size:
         raise ValueError(f"the feed gives batches of {feed.batch_size}, the plan wants {plan.batch_size}")
@@ -155,7 +157,7 @@ def pretrain(
         feed,
         process,
         output,
-        Stepper(plan, process, feed.steps_per_epoch, initial_encoder, sample_BHWC),
+        Stepper(plan, process, feed.steps_per_epoch, initial_encoder, sample_BHWC, labels_N),
         CheckpointFolder(output.sub("checkpoints"), keep_checkpoints),
         History(output.sub("metrics"), process.rank, feed.steps_per_epoch),
         log_every_steps,

@@ -42,9 +42,12 @@ class Pretraining(nn.Module):
         self.objective = objective
         self.encoder_parts = encoder_parts
 
-    def forward(self, *views: Tensor) -> dict[str, Tensor]:
-        """Views (B, C, H, W) -> `loss`, the objective's terms by name, and `features` and `features2` (B, E)."""
-        found: dict[str, Tensor] = self.objective(self._encode, views)
+    def forward(self, *views: Tensor, labels_B: Tensor | None = None) -> dict[str, Tensor]:
+        """Views (B, C, H, W), and for a method that takes them (B,) labels -> `loss`, the objective's terms by name, and
+        `features` and `features2` (B, E).
+        """
+        labels = {} if labels_B is None else {"labels_B": labels_B}
+        found: dict[str, Tensor] = self.objective(self._encode, views, **labels)
         return found
 
     def _encode(self, images_BCHW: Tensor) -> Tensor:
@@ -148,9 +151,13 @@ class Stepper:
         steps_per_epoch: int,
         initial_encoder: bytes | None = None,
         sample_BHWC: Tensor | None = None,
+        labels_N: Tensor | None = None,
     ) -> None:
-        """`initial_encoder` and `sample_BHWC` are for :func:`build_pretraining`."""
+        """`initial_encoder` and `sample_BHWC` are for :func:`build_pretraining`; `labels_N` are the labels by image number, for a
+        method that takes them.
+        """
         self.plan, self.process, self.steps_per_epoch = plan, process, steps_per_epoch
+        self.labels_N = labels_N
         self.head_steps = plan.further.head_only_epochs * steps_per_epoch
         self.total_steps = plan.total_epochs * steps_per_epoch
         self.peak_rate = plan.optimiser.learning_rate
@@ -188,8 +195,9 @@ class Stepper:
         _seed_dropout(self.plan.seed, done, self.process)
         objective.before_step(clock)
         views = self.make_views(batch, done)
+        labels = {} if self.labels_N is None else {"labels_B": self.labels_N[batch.rows_B].to(self.process.device)}
         with self._autocast():
-            found: dict[str, Tensor] = self.distributed(*views)
+            found: dict[str, Tensor] = self.distributed(*views, **labels)
         self.module.zero_grad()
         found["loss"].backward()  # type: ignore[no-untyped-call]
         objective.after_backward(clock)

@@ -1,0 +1,33 @@
+"""COVID-19 image data collection: `metadata.csv` and `images/`.
+
+Chest X-rays are kept, CT images and volumes are not. The label is covid19 or other, and none where the finding is unknown or
+"todo"; the finding itself (`Pneumonia/Viral/COVID-19`) stays a column. Notes and links are left out: they tell of patients.
+"""
+
+from __future__ import annotations
+
+from medssl.datasets.layouts.tree import Layout, Record, Tree, number
+
+
+def _read(tree: Tree) -> list[Record]:
+    columns = ("patientid", "sex", "age", "finding", "view", "modality", "folder", "filename")
+    frame = tree.table(tree.find("metadata.csv"), columns)
+    frame = frame[(frame["modality"] == "X-ray") & (frame["folder"] == "images")]
+    if frame.empty:
+        tree.refuse("metadata.csv names no X-rays in images")
+    paths = {path.rpartition("/")[2]: path for path in tree.images if "images" in path.split("/")[:-1]}
+    absent = [name for name in frame["filename"] if name not in paths]
+    if absent:
+        tree.refuse(f"{len(absent):,} of {len(frame):,} X-rays named in metadata.csv are missing (the first: {absent[0]})")
+    records = []
+    for row in frame.to_dict("records"):
+        finding = row["finding"]
+        unknown = finding is None or finding.lower() in ("todo", "unknown")
+        label = () if unknown else ("covid19",) if "COVID-19" in finding else ("other",)
+        further = {"sex": row["sex"], "age": number(row["age"]), "view": row["view"], "finding": finding}
+        patient = f"p{row['patientid']}"
+        records.append(Record(paths[row["filename"]], label, patient=patient, bag=patient, further=further))
+    return records
+
+
+LAYOUT = Layout("COVID-19 image data collection", "metadata.csv and images/", _read)

@@ -1,0 +1,43 @@
+"""ISIC 2017, part 3: 2,750 dermoscopic images, melanoma, seborrhoeic keratosis, or nevus, in official splits.
+
+`ISIC-2017_{Training,Validation,Test_v2}_Data/*.jpg` (with superpixel masks beside, which are left out), each with
+`ISIC-2017_..._Part3_GroundTruth.csv` (image_id, melanoma, seborrheic_keratosis) and `ISIC-2017_..._Data_metadata.csv`.
+"""
+
+from __future__ import annotations
+
+from medssl.datasets.layouts.tree import Layout, Record, Tree, number
+
+_PARTS = {"Training": "train", "Validation": "val", "Test_v2": "test"}
+_LABELS: dict[tuple[float | None, float | None], str] = {
+    (1, 0): "melanoma", (0, 1): "seborrheic_keratosis", (0, 0): "nevus",
+}  # fmt: skip
+
+
+def _read(tree: Tree) -> list[Record]:
+    parts = [part for part in _PARTS if any(f"ISIC-2017_{part}_Data/" in path for path in tree.files)]
+    if "Training" not in parts:
+        tree.refuse("there is no ISIC-2017_Training_Data")
+    records = []
+    for part in parts:
+        truth = f"ISIC-2017_{part}_Part3_GroundTruth.csv"
+        frame = tree.table(tree.find(truth), ("image_id", "melanoma", "seborrheic_keratosis"))
+        metadata = tree.find_optional(f"ISIC-2017_{part}_Data_metadata.csv")
+        known = tree.table(metadata, ("image_id", "age_approximate", "sex")) if metadata else None
+        facts = {} if known is None else known.set_index("image_id").to_dict("index")
+        images = [p for p in tree.images if f"ISIC-2017_{part}_Data/" in p and not p.endswith("_superpixels.png")]
+        for path, row in zip(tree.matched(list(frame["image_id"]), truth, images), frame.to_dict("records"), strict=True):
+            label = _LABELS.get((number(row["melanoma"]), number(row["seborrheic_keratosis"])))
+            if label is None:
+                tree.refuse(f"{truth} says {row['melanoma']}, {row['seborrheic_keratosis']} of {row['image_id']}")
+            fact = facts.get(row["image_id"], {})
+            further = {"age": number(fact.get("age_approximate")), "sex": fact.get("sex")}
+            records.append(Record(path, (label,), split=_PARTS[part] if len(parts) > 1 else None, further=further))
+    return records
+
+
+LAYOUT = Layout(
+    "ISIC 2017 part 3",
+    "ISIC-2017_Training_Data/ and ISIC-2017_Training_Part3_GroundTruth.csv, and perhaps the same of Validation and Test_v2",
+    _read,
+)

@@ -1,0 +1,260 @@
+"""Public datasets' layouts: what is read of a miniature, and that wrong, partial and mixed folders are one clear line."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from tests.datasets import miniatures
+
+from medssl import cli
+from medssl.datasets.findings import FindingsParams, finding_labels
+from medssl.datasets.layouts import LAYOUTS, read_layout
+from medssl.datasets.layouts.isic2019 import PAPER_000, PAPER_000_VAL, draw_counts
+from medssl.datasets.layouts.kather2016 import TISSUES
+from medssl.datasets.layouts.tree import Record
+from medssl.datasets.members import read_member
+from medssl.errors import DataError
+
+EXPECTED: dict[str, tuple[int, dict[str | None, int], dict[str | None, int]]] = {
+    "isic2018": (14, {"train": 8, "val": 3, "test": 3}, {"mel": 4, "nv": 3, "bcc": 3, "akiec": 1, "bkl": 1, "df": 1, "vasc": 1}),
+    "isic2019": (16, {None: 16}, dict.fromkeys(("mel", "nv", "bcc", "ak", "bkl", "df", "vasc", "scc"), 2)),
+    "ham10000": (6, {None: 6}, {"bkl": 2, "nv": 2, "mel": 2}),
+    "isic2017": (10, {"train": 4, "val": 3, "test": 3}, {"melanoma": 4, "seborrheic_keratosis": 3, "nevus": 3}),
+    "padufes20": (6, {None: 6}, dict.fromkeys(("bcc", "scc", "ack", "sek", "mel", "nev"), 1)),
+    "dermnet": (24, {None: 24}, {}),
+    "oral": (8, {None: 8}, {"normal": 4, "oscc": 4}),
+    "breakhis400": (4, {None: 4}, {"benign": 2, "malignant": 2}),
+    "kather2016": (8, {None: 8}, dict.fromkeys(TISSUES.values(), 1)),
+    "patchcamelyon": (8, {"train": 4, "val": 2, "test": 2}, {"normal": 4, "tumor": 4}),
+    "kermany": (8, {None: 8}, {"normal": 4, "pneumonia": 4}),
+    "chexpert": (6, {None: 4, "test": 2}, {None: 6}),
+    "nih14": (4, {None: 3, "test": 1}, {"Cardiomegaly": 1, "No Finding": 1, "Hernia": 1, None: 1}),
+    "covid-cxr": (3, {None: 3}, {"covid19": 1, "other": 1, None: 1}),
+    "busi": (6, {None: 6}, {"benign": 2, "malignant": 2, "normal": 2}),
+    "brain-mri": (8, {None: 4, "test": 4}, {"glioma": 2, "meningioma": 2, "notumor": 2, "pituitary": 2}),
+    "eurosat": (20, {None: 20}, dict.fromkeys(miniatures.KINDS, 2)),
+}
+"""Images, images by split and by label."""
+
+
+def made(name: str, root: Path) -> Path:
+    miniatures.MAKERS[name](root)
+    return root
+
+
+def rows(name: str, root: Path, **options: Any) -> Any:
+    return read_layout(str(root), name, **options).to_pandas().set_index("image_id")
+
+
+def test_the_command_line_names_every_layout() -> None:
+    assert set(cli._LAYOUTS) == set(LAYOUTS)
+    assert {*EXPECTED, "isic2019-paper000", "dicom"} == set(LAYOUTS)
+
+
+def counts(values: Any) -> Counter[str | None]:
+    return Counter(None if pd.isna(value) else value for value in values)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_miniature(name: str, tmp_path: Path) -> None:
+    found = rows(name, made(name, tmp_path / "data"))
+    images, splits, labels = EXPECTED[name]
+    assert len(found) == images
+    assert counts(found["split"]) == splits
+    if labels:
+        assert counts(found["label"]) == labels
+    for uri in found["uri"]:
+        data = read_member(uri, lambda path: Path(path).read_bytes()) if "::" in uri else Path(uri).read_bytes()
+        Image.open(io.BytesIO(data)).verify()
+
+
+def test_patients_bags_and_further_columns(tmp_path: Path) -> None:
+    def of(name: str) -> Any:
+        return rows(name, made(name, tmp_path / name))
+
+    ham = of("ham10000")
+    facts = ham.loc["ISIC_0027420", ["bag_id", "patient_id", "age", "localization"]].tolist()
+    assert facts == ["HAM_0000000", "HAM_0000000", 80, "scalp"]
+    assert np.isnan(ham.loc["ISIC_0027419", "age"])
+    isic = of("isic2019")
+    assert isic["bag_id"].isna().sum() == 6 and isic.loc["ISIC_0000003_downsampled", "label"] == "ak"
+    assert of("isic2018").loc["ISIC_0024313", ["bag_id", "confirmed_by"]].tolist() == ["HAM_0000001x0", "histopathology"]
+    pad = of("padufes20")
+    assert pad.loc["PAT_1_3_103", ["patient_id", "bag_id", "sex", "skin_type"]].tolist() == ["PAT_1", "PAT_1/3", "FEMALE", 2]
+    slides = of("breakhis400")
+    assert set(slides["patient_id"]) == {"14-22549AB", "14-13412"} and set(slides["subtype"]) >= {"adenosis", "lobular_carcinoma"}
+    assert of("kather2016")["patient_id"].nunique() == 3
+    children = of("kermany")
+    assert children.loc["person1_virus_6", ["patient_id", "cause", "official_split"]].tolist() == ["person1", "virus", "test"]
+    healthy = children.loc[["IM-0115-0002", "NORMAL2-IM-0927-0001"], "patient_id"].tolist()
+    assert healthy == ["IM-0115", "NORMAL2-IM-0927"]
+    patches = of("patchcamelyon")
+    assert patches.loc["train-000003", ["patient_id", "label"]].tolist() == ["camelyon16_train_001", "tumor"]
+    tissue = of("oral")
+    assert Counter(tissue["magnification"]) == {"100": 4, "400": 4}
+    films = of("covid-cxr")
+    assert films["patient_id"].tolist() == ["p1", "p1", "p2"] and not films.astype(str).stack().str.contains("Doe").any()
+
+
+def test_findings_become_columns_that_a_recipe_names(tmp_path: Path) -> None:
+    stanford = rows("chexpert", made("chexpert", tmp_path / "a")).reset_index()
+    assert set(stanford["patient_id"]) == {"patient00001", "patient00002", "patient64541"}
+    assert set(stanford["bag_id"]) == {f"{patient}/study1" for patient in stanford["patient_id"]}
+    params = FindingsParams.model_validate({"names": ["No Finding", "Lung Opacity", "Edema", "Fracture"]})
+    assert finding_labels(stanford, params, train="train").tolist()[0][:2] == [1, 0]
+    nih = rows("nih14", made("nih14", tmp_path / "b"))
+    assert nih.loc["00000001_001", ["Cardiomegaly", "Emphysema", "Hernia"]].tolist() == [1, 1, 0]
+    assert nih.loc["00000002_000", ["Cardiomegaly", "Emphysema", "Hernia"]].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", [*EXPECTED, "dicom"])
+def test_a_wrong_folder_says_what_is_expected_and_what_was_found(name: str, tmp_path: Path) -> None:
+    (tmp_path / "wrong").mkdir()
+    miniatures.draw(tmp_path / "wrong" / "holiday" / "beach.jpg")
+    with pytest.raises(DataError) as refused:
+        read_layout(str(tmp_path / "wrong"), name)
+    said = str(refused.value)
+    assert LAYOUTS[name].expected in said and "found: holiday/ (1 files)" in said and "nothing was published" in said
+    assert "\n" not in said
+    with pytest.raises(DataError, match="there is no folder"):
+        read_layout(str(tmp_path / "nowhere"), name)
+
+
+def lacking(root: Path, pattern: str) -> None:
+    found = sorted(root.rglob(pattern))
+    assert found
+    for path in found[:1]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "words"),
+    [
+        ("isic2018", "ISIC_0024307.jpg", "1 of 8 images named in ISIC2018_Task3_Training_GroundTruth.csv .*ISIC_0024307"),
+        ("isic2018", "*LesionGroupings.csv", "there is no ISIC2018_Task3_Training_LesionGroupings.csv"),
+        ("isic2018", "ISIC2018_Task3_Test_GroundTruth", "there is no ISIC2018_Task3_Test_GroundTruth.csv"),
+        ("isic2019", "*_Metadata.csv", "there is no ISIC_2019_Training_Metadata.csv"),
+        ("isic2019", "ISIC_0000003_downsampled.jpg", "1 of 16 images"),
+        ("ham10000", "HAM10000_images_part_2", "3 of 6 images named in HAM10000_metadata.csv are missing"),
+        ("isic2017", "ISIC-2017_Validation_Part3*", "there is no ISIC-2017_Validation_Part3_GroundTruth.csv"),
+        ("padufes20", "imgs_part_3", "2 of 6 images"),
+        ("dermnet", "Vascular Tumors", "there are no images of class Vascular Tumors"),
+        ("kather2016", "05_DEBRIS", "there are no images of class debris"),
+        ("breakhis400", "benign", "there are no benign images at 400x"),
+        ("patchcamelyon", "*_test_y.h5", "there is no camelyonpatch_level_2_split_test_y.h5"),
+        ("chexpert", "view2_lateral.jpg", "view2_lateral.jpg, named in train.csv, is missing"),
+        ("nih14", "test_list.txt", "there is no test_list.txt"),
+        ("nih14", "images_002", "2 of 4 images"),
+        ("covid-cxr", "film 1.jpg", "1 of 3 X-rays named in metadata.csv are missing"),
+        ("eurosat", "SeaLake", "there are no images of class SeaLake"),
+    ],
+)
+def test_a_partial_folder(name: str, missing: str, words: str, tmp_path: Path) -> None:
+    root = made(name, tmp_path / "data")
+    lacking(root, missing)
+    with pytest.raises(DataError, match=words):
+        read_layout(str(root), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "stranger", "words"),
+    [
+        ("isic2018", "ISIC2018_Task3_Training_Input/ISIC_9999999.jpg", "1 images are in no row of .*ISIC_9999999"),
+        ("isic2019", "more/ISIC_9999999.jpg", "1 images are in no row"),
+        ("ham10000", "HAM10000_images_part_1/extra.jpg", "1 images are in no row"),
+        ("ham10000", "copy/ISIC_0027419.jpg", "two images are named ISIC_0027419"),
+        ("padufes20", "images/x.png", "1 images are in no row"),
+        ("dermnet", "train/Holiday/x.jpg", "is in no folder of a class"),
+        ("oral", "cats/x.jpg", "is in neither of a folder"),
+        ("breakhis400", "BreaKHis_v1/x.png", "is not named as an image of BreaKHis"),
+        ("kather2016", "01_TUMOR/x.tif", "does not name its slide"),
+        ("kermany", "chest_xray/train/NORMAL/x.jpeg", "does not name its patient"),
+        ("chexpert", "CheXpert-v1.0-small/train/patient00009/study1/view1_frontal.jpg", "1 images are in no row"),
+        ("nih14", "images_001/images/00000009_000.png", "1 images are in no row"),
+        ("busi", "Dataset_BUSI_with_GT/benign/cat.png", "is not named as an image of BUSI"),
+        ("brain-mri", "Training/other/x.jpg", "is in no folder of a class"),
+        ("eurosat", "2750/Town/Town_1.jpg", "is in no folder of a class"),
+    ],
+)
+def test_a_mixed_folder(name: str, stranger: str, words: str, tmp_path: Path) -> None:
+    root = made(name, tmp_path / "data")
+    miniatures.draw(root / stranger)
+    with pytest.raises(DataError, match=words):
+        read_layout(str(root), name)
+
+
+def test_tables_that_say_something_else(tmp_path: Path) -> None:
+    def edited(name: str, file: str, old: str, new: str) -> str:
+        root = made(name, tmp_path / f"{name}{len(list(tmp_path.iterdir()))}")
+        path = next(root.rglob(file))
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+        with pytest.raises(DataError) as refused:
+            read_layout(str(root), name)
+        return str(refused.value)
+
+    assert "has no column 'dx'" in edited("ham10000", "*.csv", "dx,", "diagnosis,")
+    assert "row 1 of ISIC_2019_Training_GroundTruth.csv has 0 classes" in edited("isic2019", "*GroundTruth.csv", "1.0", "0.0")
+    assert "has diagnostic WART" in edited("padufes20", "metadata.csv", "BCC", "WART")
+    assert "has finding Cough" in edited("nih14", "Data_Entry*", "Hernia", "Cough")
+    assert "00000003_000.png is in neither of test_list" in edited("nih14", "test_list.txt", "00000003_000.png", "")
+    assert "two rows of ISIC_0027420" in edited("ham10000", "*.csv", "ISIC_0027419", "ISIC_0027420")
+    row = "0,10,20,True,False,camelyon16_train_000\n"
+    assert "4 images, 4 labels, 3 rows of meta.csv" in edited("patchcamelyon", "*train_meta.csv", row, "")
+
+
+# ---------------------------------------------------------------------------------------------- the split of paper 000
+
+
+def isic2019_in_full() -> list[Record]:
+    """As many images of each class as ISIC 2019 has, two in three in lesions of one to six images."""
+    counts = {"mel": 4522, "nv": 12875, "bcc": 3323, "ak": 867, "bkl": 2624, "df": 239, "vasc": 253, "scc": 628}
+    records, generator = [], np.random.default_rng(0)
+    for label, count in counts.items():
+        at, lesion = 0, 0
+        while at < count:
+            size = min(count - at, int(generator.integers(1, 7)))
+            lesion += 1
+            for n in range(size):
+                bag = f"{label}{lesion}" if lesion % 3 else None
+                records.append(Record(f"{label}-{at + n}.jpg", (label,), patient=bag, bag=bag))
+            at += size
+    return records
+
+
+def test_paper_000s_split_has_its_counts_and_cuts_no_lesion() -> None:
+    records = isic2019_in_full()
+    splits = draw_counts(records, PAPER_000, PAPER_000_VAL, seed=1)
+    assert isinstance(splits, list)
+    found = Counter((split, record.labels[0]) for split, record in zip(splits, records, strict=True))
+    for split, counts in PAPER_000.items():
+        assert {label: found[split, label] for label in counts} == counts
+    assert [sum(n for (s, _), n in found.items() if s == split) for split in ("train", "test", "val")] == [2554, 19423, 1280]
+    sides: dict[str, set[str | None]] = {}
+    for split, record in zip(splits, records, strict=True):
+        if record.bag:
+            sides.setdefault(record.bag, set()).add(split)
+    assert max(len(split) for split in sides.values()) == 1
+    assert draw_counts(records, PAPER_000, PAPER_000_VAL, seed=1) == splits
+    assert draw_counts(records, PAPER_000, PAPER_000_VAL, seed=2) != splits
+
+
+def test_counts_that_cannot_be_met() -> None:
+    pair = [Record(f"{n}.jpg", ("a",), bag="one") for n in range(2)]
+    assert "cannot be met without cutting a lesion" in str(draw_counts(pair, {"train": {"a": 1}, "test": {"a": 1}}, 0, 0))
+    assert "1 images fewer" in str(draw_counts(pair, {"train": {"a": 3}, "test": {}}, 0, 0))
+    torn = [Record("x.jpg", ("a",), bag="one"), Record("y.jpg", ("b",), bag="one")]
+    assert "has images of two classes" in str(draw_counts(torn, {"train": {"a": 1}}, 0, 0))
+
+
+def test_paper_000s_layout_refuses_a_part_of_the_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="images fewer than the paper's split asks for"):
+        read_layout(str(made("isic2019", tmp_path / "data")), "isic2019-paper000")

@@ -1,0 +1,62 @@
+"""Arms that start from another arm's encoder: what a chain must keep to, and how it is named and planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import finished_study
+
+from medssl.errors import RecipeError
+from medssl.recipe import Recipe
+from medssl.recipe_file import load
+
+TWINS = {"objective": {"name": "barlow_twins", "projector": [8, 8]}, "epochs": 1, "batch_size": 8}
+
+
+def recipe(*arms: dict[str, Any], **changes: Any) -> Recipe:
+    return load(finished_study.fields(arms=list(arms), **changes))
+
+
+def chain(**changes: Any) -> dict[str, Any]:
+    return TWINS | {"name": "second", "initial_weights": "arm:first"} | changes
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        ([chain(initial_weights="arm:fist"), TWINS | {"name": "first"}], "there is no such arm: .*first"),
+        ([chain(), chain(name="first", initial_weights="arm:second")], "in the end from itself: second from first from second"),
+        ([chain(initial_weights="arm:second")], "in the end from itself"),
+        ([{"name": "second", "initial_weights": "arm:first"}, TWINS | {"name": "first"}], "is the same encoder"),
+        ([chain(), {"name": "first", "features": "colour"}], "has no network"),
+        ([chain(encoder={"name": "resnet18"}), TWINS | {"name": "first"}], "whose encoder is test_resnet"),
+        ([chain(pretraining_seeds=3), TWINS | {"name": "first", "pretraining_seeds": 2}], "2 pretraining seeds for its 3"),
+        ([TWINS | {"name": "s", "objective": {"name": "supervised"}}], "is on labels of other datasets"),
+        (
+            [TWINS | {"name": "s", "objective": {"name": "supervised"}, "mix": [{"dataset": "datasets/x"}], "pairs": "bag"}],
+            "is on labels of other datasets",
+        ),
+    ],
+)
+def test_chains_that_are_refused(arms: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        recipe(*arms)
+
+
+def test_what_a_chain_is_named_by(tmp_path: Path) -> None:
+    arms = [chain(further={"head_only_epochs": 1}), TWINS | {"name": "first"}]
+    study = finished_study.make(tmp_path, {"arms": [{"name": "random"}]})
+    specs = type(study.specs)(recipe(*arms), study.specs.index, study.specs.classes, {})
+    second, first = specs.recipe.arms
+    assert [specs.recipe.generation(arm) for arm in (second, first)] == [1, 0]
+    for seed in (0, 1):
+        mine, theirs = specs.encoder(second, seed), specs.encoder(first, seed)
+        assert mine is not None and theirs is not None and mine.inputs["initial_weights"] == theirs.name
+    longer = type(specs)(recipe(arms[0], arms[1] | {"epochs": 2}), study.specs.index, study.specs.classes, {})
+    changed, before = longer.encoder(longer.recipe.arms[0], 0), specs.encoder(second, 0)
+    assert changed is not None and before is not None and changed.name != before.name, "another start is another encoder"
+    one = type(specs)(recipe(arms[0], arms[1] | {"pretraining_seeds": 1}), study.specs.index, study.specs.classes, {})
+    starts = {spec.inputs["initial_weights"] for seed in (0, 1) if (spec := one.encoder(one.recipe.arms[0], seed)) is not None}
+    assert len(starts) == 1, "one start for all seeds"
