@@ -17,7 +17,7 @@ LEVELS = {
     " collectives optim metrics calibration influence subgroups statistics telemetry networks probes datasets",
     1: "objectives checkpoint training",
     2: "protocols shifted outside label_curves published report_params comparison compute matrix recipe recipe_file mixes"
-    " lineage streams rows bag_rows",
+    " lineage forms streams rows bag_rows",
     3: "stages",
     4: "claims comparing judging shifting guards checks pictures results runner study quickstart starter submit",
     5: "console cli __main__",

@@ -143,11 +143,12 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
     fields["images"] = fields["images"] | {"feeding": feeding}
     mixed = fields["arms"][0]
     taught = {"objective": {"name": "supervised"}, "mix": [{"dataset": "datasets/more"}]}
-    fields["arms"] = [
-        mixed | {"mix": [{}, {"dataset": "datasets/more", "times": 2}]},
-        mixed | {"name": "chain", "initial_weights": "arm:taught", "epochs": 1},  # before the arm that it starts from
-        mixed | {"name": "taught", "epochs": 1} | taught,
-    ]
+    fields["arms"] = [mixed | {"mix": [{}, {"dataset": "datasets/more", "times": 2}]}]
+    if feeding == "resident":
+        fields["arms"] += [
+            mixed | {"name": "chain", "initial_weights": "arm:taught", "epochs": 1},  # before the arm that it starts from
+            mixed | {"name": "taught", "epochs": 1} | taught,
+        ]
     fields["compute"] = {"workers": 2, "monitor_every_epochs": 1}
     path, store = str(tiny.write(tmp_path / "study.yaml", fields)), str(place / "store")
 
@@ -169,17 +170,18 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
     assert "non-commercial: more" in made.stdout + made.stderr
     card = next(tmp_path.glob("*.md")).read_text()
     assert "each 2 times an epoch" in card
-    _check_chain(place / "store", report.read_text(), tmp_path, f"mix-{feeding}")
+    if feeding == "resident":
+        _check_chain(place / "store", report.read_text(), tmp_path, f"mix-{feeding}")
 
 
 def _check_chain(store: Path, report: str, tmp_path: Path, study: str) -> None:
     """The arm that starts from another has that one's weights; report and model card say so."""
     assert "the encoder of taught" in report and "supervised on 1 x more (train)" in report
-    markers = {path.parent.name: json.loads(path.read_text()) for path in store.glob("artifacts/pretrain-*/marker.json")}
-    chained = [marker for marker in markers.values() if "initial_weights" in marker["inputs"]]
+    markers = [json.loads(path.read_text()) for path in store.glob("markers/pretrain-*.json")]
+    chained = [marker for marker in markers if "initial_weights" in marker["inputs"]]
     starts = {marker["inputs"]["initial_weights"]: marker["facts"]["initial_weights"] for marker in chained}
     for parent, facts in starts.items():
-        weights = (store / "artifacts" / parent / "encoder.safetensors").read_bytes()
+        weights = (store / "artifacts" / str(parent) / "encoder.safetensors").read_bytes()
         assert facts["sha256"] == hashlib.sha256(weights).hexdigest()
         assert facts["summary"] == "all weights of pretrain taught seed 0"
     assert starts

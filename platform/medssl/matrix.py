@@ -1,8 +1,8 @@
-"""Matrices in a recipe: arms and comparisons that differ in a few values, written once.
+"""Matrices in a recipe: arms, comparisons and rows of tables that differ in a few values, written once.
 
-An entry of `arms` or `comparisons` with a `matrix` stands for one entry at each combination of its axes. An axis is a list of
-values, or a mapping of names to fields that the entry gets; `{axis}` in any text of the entry is the value's name, and a text
-that is nothing but `{axis}` the value itself. `except` lists combinations that are left out.
+An entry of `arms`, `comparisons` or a table's `rows` with a `matrix` stands for one entry at each combination of its axes. An
+axis is a list of values, or a mapping of names to fields that the entry gets; `{axis}` in any text of the entry is the value's
+name, and a text that is nothing but `{axis}` the value itself. `except` lists combinations that are left out.
 
     - matrix:
         start: {sl: {initial_weights: timm}, ssl: {initial_weights: bt.pth}}
@@ -32,11 +32,22 @@ def written_out(fields: Any) -> Any:
     if not isinstance(fields, Mapping):
         return fields
     found = dict(fields)
+    tables = found.get("tables")
+    if isinstance(tables, list | tuple):
+        found["tables"] = [_with_rows(table, f"tables.{number}.rows") for number, table in enumerate(tables)]
     for key in _KEYS:
         entries = found.get(key)
         if isinstance(entries, list | tuple) and any(_has_matrix(entry) for entry in entries):
             found[key] = [each for i, entry in enumerate(entries) for each in _entries(entry, f"{key}.{i}.matrix")]
     return found
+
+
+def _with_rows(table: Any, where: str) -> Any:
+    """A table with the matrices of its rows written out."""
+    rows = table.get("rows") if isinstance(table, Mapping) else None
+    if not isinstance(rows, list | tuple) or not any(_has_matrix(row) for row in rows):
+        return table
+    return {**table, "rows": [each for i, row in enumerate(rows) for each in _entries(row, f"{where}.{i}.matrix")]}
 
 
 def _has_matrix(entry: Any) -> bool:

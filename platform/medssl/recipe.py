@@ -15,6 +15,7 @@ from medssl.compute import Compute
 from medssl.datasets.findings import FindingsParams
 from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError, nearest
+from medssl.forms import FigureForm, TableForm, check_forms
 from medssl.label_curves import expanded
 from medssl.lineage import ARM, check_lineage
 from medssl.matrix import written_out
@@ -191,6 +192,10 @@ class Recipe(Params):
     """Intervals of the comparisons."""
     published: tuple[PublishedParams, ...] = ()
     """Tables of papers that the report shows beside the study's own."""
+    tables: tuple[TableForm, ...] = ()
+    """Tables in the form of a paper, filled with the study's own scores."""
+    figures: tuple[FigureForm, ...] = ()
+    """Figures in the form of a paper."""
     report: ReportParams = ReportParams()
     """What the report says of the predictions."""
     compute: Compute = Compute()
@@ -214,6 +219,7 @@ class Recipe(Params):
                 raise ValueError(f"two comparisons claim {better} over {than} under {name} by {metric}: keep one")
         self._check_shifted()
         self._check_published()
+        check_forms(self)
         if self.findings is not None:
             self._check_findings()
         for protocol in self.protocols:

@@ -311,6 +311,8 @@ def _report_data(
         range_tests=range_tests(study.store, encoders),
         confusions=_confusions(study, runs | away),
         published=published_tables(recipe),
+        tables=recipe.tables,
+        figures=recipe.figures,
         label_curves=label_curves(recipe, study.specs),
         shifted=shifted_table(study, runs, away),
         shifted_notes=shifted_notes(study),

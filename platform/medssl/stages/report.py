@@ -18,6 +18,7 @@ from medssl.stages import report_tables as tables
 from medssl.stages import report_words as words
 from medssl.stages.report_believed import believed
 from medssl.stages.report_data import DatasetFacts, ReportData, metric_order, protocol_order
+from medssl.stages.report_forms import forms
 from medssl.stages.report_labels import label_curves
 from medssl.stages.report_page import (
     Block,
@@ -60,6 +61,7 @@ def compose(data: ReportData) -> Page:
     makers: Sequence[tuple[str, str, Callable[[ReportData], list[Block | None]]]] = (
         ("result", "Result", _result),
         ("scores", "Scores", _scores),
+        ("forms", "In the paper's form", forms),
         ("comparisons", "Comparisons", _comparisons),
         ("seeds", "Scores over seeds", _seeds),
         ("classes", "Finding by finding" if data.findings else "Class by class", _classes),

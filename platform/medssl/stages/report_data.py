@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medssl.calibration import Reliability
+from medssl.forms import FigureForm, TableForm
 from medssl.statistics import RecomputedTest
 from medssl.training.finder import RangeTest
 
@@ -282,6 +283,10 @@ class ReportData:
     unit_facts: Sequence[UnitFacts] = ()
     published: Sequence[PublishedFacts] = ()
     """What papers print."""
+    tables: Sequence[TableForm] = ()
+    """Tables in a paper's form."""
+    figures: Sequence[FigureForm] = ()
+    """Figures in a paper's form."""
     label_curves: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Labelled images in one draw by protocol, ascending, by label curve."""
     shifted: pd.DataFrame = field(default_factory=lambda: empty("shifted"))
