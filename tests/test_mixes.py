@@ -197,8 +197,8 @@ def _check_chain(store: Path, report: str, tmp_path: Path, study: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"objective": {"name": "supervised", "classes": ["mel", "wart"]}}, ["objective.classes has 'wart'", "its labels are"]),
-        ({"objective": {"name": "supervised", "classes": ["mel"]}}, ["needs two classes or more"]),
+        ({"objective": {"name": "supervised", "classes": ["globular", "wart"]}}, ["objective.classes has 'wart'", "its labels are"]),
+        ({"objective": {"name": "supervised", "classes": ["globular"]}}, ["needs two classes or more"]),
     ],
 )
 def test_labels_that_are_not_there_are_one_line(place: Path, tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:

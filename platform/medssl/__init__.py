@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from medssl.family import plan_all, report_all, run_all
     from medssl.recipe import Recipe
     from medssl.recipe_file import load
     from medssl.results import StudyResult
@@ -25,9 +26,12 @@ _HOME = {
     "plan": "medssl.study",
     "report": "medssl.study",
     "run": "medssl.study",
+    "plan_all": "medssl.family",
+    "report_all": "medssl.family",
+    "run_all": "medssl.family",
 }
 
-__all__ = ["Recipe", "StudyResult", "__version__", "load", "plan", "report", "run"]
+__all__ = ["Recipe", "StudyResult", "__version__", "load", "plan", "plan_all", "report", "report_all", "run", "run_all"]
 
 
 def __getattr__(name: str) -> Any:

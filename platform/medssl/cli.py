@@ -158,26 +158,44 @@ def _store_uri(given: str | None) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     from medssl.console import Console
-    from medssl.study import run
+    from medssl.family import run_all
 
     with Console() as console:
-        result = run(
+        results = run_all(
             arguments.recipe,
             _store_uri(arguments.store),
             overrides=arguments.set,
             on_event=console,
             address=arguments.address,
         )
-    return _print_result(result, arguments.json)
+    return _print_results(arguments, results)
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from medssl.console import Console
-    from medssl.study import report
+    from medssl.family import report_all
 
     with Console() as console:
-        result = report(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set, on_event=console)
-    return _print_result(result, arguments.json)
+        results = report_all(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set, on_event=console)
+    return _print_results(arguments, results)
+
+
+def _print_results(arguments: argparse.Namespace, results: dict[str, Any]) -> int:
+    """One study as it is; of several each under its dataset's name, and where the page of all is."""
+    from medssl.family import page_uri
+
+    page = page_uri(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set)
+    if page is None:
+        return _print_result(next(iter(results.values())), arguments.json)
+    if arguments.json:
+        studies = {name: result.to_json() for name, result in results.items()}
+        print(json.dumps({"studies": studies, "report": page}, allow_nan=False))
+        return 0
+    for name, result in results.items():
+        print(f"{name}:")
+        _print_result(result, False)
+    print(f"all together: {page}")
+    return 0
 
 
 def _print_result(result: Any, as_json: bool) -> int:
@@ -192,13 +210,23 @@ def _print_result(result: Any, as_json: bool) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from medssl.claims import assumptions
-    from medssl.study import plan
+    from medssl.family import plan_all
 
-    lines = plan(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set)
+    plans = plan_all(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set)
     if arguments.json:
-        print(json.dumps([asdict(line) for line in lines]))
+        found = {name: [asdict(line) for line in lines] for name, lines in plans.items()}
+        print(json.dumps(found if len(found) > 1 else next(iter(found.values()))))
         return 0
+    for name, lines in plans.items():
+        if len(plans) > 1:
+            print(f"{name}:")
+        _print_plan(lines)
+    return 0
+
+
+def _print_plan(lines: Sequence[Any]) -> None:
+    from medssl.claims import assumptions
+
     width = max(len(line.label) for line in lines)
     for line in lines:
         cost = f"{line.images:>12,} images" if line.images else ""
@@ -214,7 +242,6 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(comparison.to_text())
     if comparisons:
         print(assumptions(comparisons))
-    return 0
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ and what is shown of it). A figure has a line for each of some arms over points 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -32,6 +33,8 @@ class FormColumn(Params):
     """Whose scores."""
     shifted: str | None = None
     """Shifted set that they are on; null is the study's own evaluation split."""
+    dataset: str | None = None
+    """Which of the recipe's `datasets` they are of; in tables of `together` only."""
     metric: str
     """Which score."""
     value: Literal["mean", "std", "mean_std", "n", "difference", "welch_p"] = "mean_std"
@@ -118,30 +121,92 @@ class FigureForm(Params):
     """Which score."""
     percent: bool = False
     """Times 100."""
+    panels: dict[str, str] = Field(default_factory=dict)
+    """Titles of the panels by dataset, one each; in figures of `together` only."""
+
+
+class Together(Params):
+    """What a recipe with `datasets` shows of all of its studies on one page."""
+
+    tables: tuple[TableForm, ...] = ()
+    """Tables whose columns name their dataset."""
+    figures: tuple[FigureForm, ...] = ()
+    """Figures with a panel for each dataset."""
+
+
+def check_together(together: Together, recipes: Mapping[str, Recipe]) -> None:
+    """Raises ValueError where a table or figure names a dataset, or of its study something, that is not there."""
+    for table in together.tables:
+        if table.class_report is not None:
+            raise ValueError(f"together: table '{table.title}' is a class report, of one study: put it under tables")
+        for column in table.columns:
+            _check_dataset(f"together: table '{table.title}'", column.dataset, recipes)
+            only = table.model_copy(update={"columns": (column,)})
+            _Checker(recipes[str(column.dataset)]).table(only)
+    for figure in together.figures:
+        where = f"together: figure '{figure.title}'"
+        if not figure.panels:
+            raise ValueError(f"{where} has no panels: name the datasets, as `panels: {{{next(iter(recipes))}: Title}}`")
+        for name in figure.panels:
+            _check_dataset(where, name, recipes)
+            _Checker(recipes[name]).figure(figure)
+
+
+def _check_dataset(where: str, name: str | None, recipes: Mapping[str, Recipe]) -> None:
+    if name is None:
+        raise ValueError(f"{where}: a column names no dataset; choices: {', '.join(recipes)}")
+    if name not in recipes:
+        raise ValueError(f"{where} names dataset '{name}': {nearest(name, recipes)}")
 
 
 def check_forms(recipe: Recipe) -> None:
     """Raises ValueError with the nearest name where a table or figure names what the recipe has not."""
-    arms = [arm.name for arm in recipe.arms] + [arm.name for arm in recipe.outside]
-    protocols, sets = [p.name for p in recipe.protocols], [each.name for each in recipe.shifted]
-
-    def check(where: str, arm: str | None, protocol: str | None, metric: str | None, shifted: str | None) -> None:
-        named = (("arm", arm, arms), ("protocol", protocol, protocols), ("metric", metric, recipe.metrics))
-        for kind, name, known in (*named, ("shifted set", shifted, sets)):
-            if name is not None and name not in known:
-                near = nearest(name, known) if known else "the study has none"
-                raise ValueError(f"{where} names {kind} '{name}': {near}")
-
+    checker = _Checker(recipe)
     for table in recipe.tables:
+        checker.table(table)
+        if any(column.dataset is not None for column in table.columns):
+            raise ValueError(f"table '{table.title}' names datasets: put it under together")
+    for figure in recipe.figures:
+        checker.figure(figure)
+        if figure.panels:
+            raise ValueError(f"figure '{figure.title}' has panels, which are datasets: put it under together")
+
+
+
+class _Checker:
+    """Looks names up in a recipe."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._known = {
+            "arm": [arm.name for arm in recipe.arms] + [arm.name for arm in recipe.outside],
+            "protocol": [protocol.name for protocol in recipe.protocols],
+            "metric": list(recipe.metrics),
+            "shifted set": [each.name for each in recipe.shifted],
+        }
+
+    def _check(self, where: str, kind: str, name: str | None) -> None:
+        known = self._known[kind]
+        if name is not None and name not in known:
+            raise ValueError(f"{where} names {kind} '{name}': {nearest(name, known) if known else 'the study has none'}")
+
+    def table(self, table: TableForm) -> None:
+        """Arms of the rows; protocol, metric and shifted set of the columns."""
         where = f"table '{table.title}'"
+        self._check(where, "protocol", table.protocol)
         for column in table.columns:
             check_metric(column.metric)
-            check(where, None, column.protocol, column.metric, column.shifted)
+            for kind, name in (("protocol", column.protocol), ("metric", column.metric), ("shifted set", column.shifted)):
+                self._check(where, kind, name)
         for row in (*table.rows, *([table.class_report] if table.class_report else [])):
-            check(where, row.arm, table.protocol, None, None)
-            check(where, row.than, None, None, None)
-    for figure in recipe.figures:
+            self._check(where, "arm", row.arm)
+            self._check(where, "arm", row.than)
+
+    def figure(self, figure: FigureForm) -> None:
+        """Arm, protocol and shifted set of each point of each line."""
+        where = f"figure '{figure.title}'"
+        self._check(where, "metric", figure.metric)
         for point in figure.points:
+            self._check(where, "protocol", point.protocol or figure.protocol)
+            self._check(where, "shifted set", point.shifted)
             for line in figure.lines:
-                arm = point.arm.replace("{line}", line)
-                check(f"figure '{figure.title}'", arm, point.protocol or figure.protocol, figure.metric, point.shifted)
+                self._check(where, "arm", point.arm.replace("{line}", line))

@@ -42,6 +42,24 @@ def written_out(fields: Any) -> Any:
     return found
 
 
+def for_datasets(fields: Mapping[str, Any], datasets: Any) -> dict[str, dict[str, Any]]:
+    """Fields of a study on each of several datasets, by name: those of the file with the dataset's in their place, `{dataset}` in
+    any text replaced by the name, and the name after the study's.
+
+    Raises:
+        ValueError: no datasets, or one without fields or with a name that no study can have.
+    """
+    if not isinstance(datasets, Mapping) or not datasets:
+        raise ValueError(f"datasets is {datasets!r}: give the fields of each by its name, such as `breast: {{dataset: ...}}`")
+    found = {}
+    for name, own in datasets.items():
+        if not isinstance(own, Mapping) or "dataset" not in own:
+            raise ValueError(f"datasets.{name} is {own!r}: give its fields, `dataset` among them")
+        merged = _filled(_merged(fields, own), "dataset", str(name), str(name))
+        found[str(name)] = {**merged, "study": f"{fields.get('study')}.{name}"}
+    return found
+
+
 def _with_rows(table: Any, where: str) -> Any:
     """A table with the matrices of its rows written out."""
     rows = table.get("rows") if isinstance(table, Mapping) else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,21 +15,74 @@ import yaml
 from pydantic import ValidationError
 
 from medssl.errors import RecipeError, nearest
+from medssl.forms import Together, check_together
+from medssl.matrix import for_datasets, written_out
 from medssl.params import Params
 from medssl.protocols import KINDS
 from medssl.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one file stands for: a study, or with `datasets` one on each of them and a page of all together."""
+
+    name: str
+    recipes: Mapping[str, Recipe]
+    """By dataset's name; a single study under its own name."""
+    together: Together | None = None
+    """None for a single study."""
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A validated recipe from a YAML file or a mapping, with `path.to.field=value` overrides applied in order.
 
     Raises:
-        RecipeError: the file cannot be read, is no YAML mapping, or a field, value or override is not valid.
+        RecipeError: the file cannot be read, is no YAML mapping, or a field, value or override is not valid, or it stands for
+            studies on several datasets.
+    """
+    family = load_all(source, overrides)
+    if family.together is not None:
+        names = ", ".join(family.recipes)
+        raise RecipeError(f"study '{family.name}' is one on each of its datasets ({names}): run, plan or load them all")
+    return next(iter(family.recipes.values()))
+
+
+def load_all(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Family:
+    """The validated recipes of a YAML file or a mapping: one, or with `datasets` one for each.
+
+    `datasets` maps names to fields that take the place of the file's, `dataset` among them; the study on one is named
+    `study.name`, and `{dataset}` in any text is the name. `together` has tables and figures of all of them.
+
+    Raises:
+        RecipeError: as for :func:`load`.
     """
     origin = "recipe" if isinstance(source, Mapping) else str(source)
     raw = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     for override in overrides:
         raw = _override(raw, override)
+    datasets, together = raw.pop("datasets", None), raw.pop("together", None)
+    if datasets is None:
+        if together is not None:
+            raise RecipeError(f"{origin}: together shows several datasets, and there is no field datasets: name them there")
+        recipe = _validated(raw, origin)
+        return Family(recipe.study, {recipe.study: recipe})
+    try:
+        written = for_datasets(raw, datasets)
+        page = {} if together is None else written_out(together)
+        shown = Together.model_validate(page)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: together.{_explain(error)}") from None
+    except ValueError as error:
+        raise RecipeError(f"{origin}: {error}") from None
+    recipes = {name: _validated(fields, f"{origin}: dataset {name}") for name, fields in written.items()}
+    try:
+        check_together(shown, recipes)
+    except ValueError as error:
+        raise RecipeError(f"{origin}: {error}") from None
+    return Family(str(raw["study"]), recipes, shown)
+
+
+def _validated(raw: Mapping[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

@@ -310,6 +310,7 @@ def run(
     on_event: OnEvent | None = None,
     address: str | None = None,
     rebuild_report: bool = False,
+    told: Sequence[str] = (),
 ) -> StudyResult:
     """Runs a study, or what is missing of it, and returns its tables.
 
@@ -320,6 +321,7 @@ def run(
         on_event: called with what happens, from one thread at a time.
         address: address of a running Ray cluster; None uses RAY_ADDRESS or starts a local Ray.
         rebuild_report: make the report again although it is finished.
+        told: overrides that a loaded recipe had, for its report to name.
 
     Raises:
         MedsslError: with a message for the user.
@@ -327,7 +329,7 @@ def run(
     from medssl.runner import Runner
 
     loaded, opened = _prepare(recipe, store, overrides)
-    study = Study(loaded, opened, on_event, overrides)
+    study = Study(loaded, opened, on_event, overrides or told)
     with _study_lease(study) as held:
         study.refresh()
         with ExitStack() as stack:
@@ -340,6 +342,7 @@ def report(
     *,
     overrides: Sequence[str] = (),
     on_event: OnEvent | None = None,
+    told: Sequence[str] = (),
 ) -> StudyResult:
     """Makes the report of a finished study again.
 
@@ -349,7 +352,7 @@ def report(
     from medssl.results import build_report
 
     loaded, opened = _prepare(recipe, store, overrides)
-    study = Study(loaded, opened, on_event, overrides)
+    study = Study(loaded, opened, on_event, overrides or told)
     if study.report_name() is None:
         todo = sum(line.state != "finished" for line in study.plan()) - 1
         raise RecipeError(

@@ -287,6 +287,8 @@ class ReportData:
     """Tables in a paper's form."""
     figures: Sequence[FigureForm] = ()
     """Figures in a paper's form."""
+    by_dataset: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    """Of a recipe with several datasets: the scores of each one's study, for tables and figures that name datasets."""
     label_curves: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Labelled images in one draw by protocol, ascending, by label curve."""
     shifted: pd.DataFrame = field(default_factory=lambda: empty("shifted"))

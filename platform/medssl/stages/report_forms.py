@@ -37,9 +37,9 @@ def _table(data: ReportData, form: TableForm) -> Table:
 
 def _value(data: ReportData, row: FormRow, column: FormColumn) -> str:
     protocol = judged_as(column.protocol, column.shifted)
-    mine = _runs(data, str(row.arm), protocol, column.metric)
+    mine = _runs(data, str(row.arm), protocol, column.metric, column.dataset)
     if column.value in OF_TWO:
-        return _of_two(mine, _runs(data, str(row.than), protocol, column.metric), row, column)
+        return _of_two(mine, _runs(data, str(row.than), protocol, column.metric, column.dataset), row, column)
     if not len(mine):
         return NONE
     mean, std = (_text(value, column) for value in (mine.mean(), mine.std(ddof=1) if len(mine) > 1 else math.nan))
@@ -57,9 +57,9 @@ def _of_two(mine: NDArray[np.floating], theirs: NDArray[np.floating], row: FormR
     return f"{p:.5f}" if p >= 1e-4 else f"{p:.1e}"
 
 
-def _runs(data: ReportData, arm: str, protocol: str, metric: str) -> NDArray[np.floating]:
-    """Scores of all runs of an arm."""
-    frame = complete(data.scores, "scores")
+def _runs(data: ReportData, arm: str, protocol: str, metric: str, dataset: str | None = None) -> NDArray[np.floating]:
+    """Scores of all runs of an arm, of the study or of one dataset's."""
+    frame = complete(data.scores if dataset is None else data.by_dataset[dataset], "scores")
     chosen = (frame["arm"] == arm) & (frame["protocol"] == protocol) & (frame["metric"] == metric)
     values: NDArray[np.floating] = frame.loc[chosen, "value"].to_numpy(dtype=float)
     finite: NDArray[np.floating] = values[np.isfinite(values)]
@@ -104,23 +104,28 @@ def _two(value: float) -> str:
 
 
 def _figure(data: ReportData, form: FigureForm) -> Figure | None:
-    """A line for each of the form's lines; bars are one standard deviation over all runs."""
+    """A line for each of the form's lines, a panel for each dataset; bars are one standard deviation over all runs."""
+    keys = [Key(title, svg.swatch(svg.colour(i), line=True)) for i, title in enumerate(form.lines.values())]
+    scores = {title: _points(data, form, name) for name, title in form.panels.items()} or {"": _points(data, form, None)}
+    panels = [_panel(form, found, title) for title, found in scores.items() if found]
+    return Figure(form.title, panels, keys) if panels else None
+
+
+def _points(data: ReportData, form: FigureForm, dataset: str | None) -> dict[str, list[tuple[int, float, float]]]:
+    """Place, mean and standard deviation by line."""
     scale = 100 if form.percent else 1
     found: dict[str, list[tuple[int, float, float]]] = {}
     for line, title in form.lines.items():
         for place, point in enumerate(form.points):
             protocol = judged_as(point.protocol or form.protocol, point.shifted)
-            runs = scale * _runs(data, point.arm.replace("{line}", line), protocol, form.metric)
+            runs = scale * _runs(data, point.arm.replace("{line}", line), protocol, form.metric, dataset)
             if len(runs):
                 spread = float(runs.std(ddof=1)) if len(runs) > 1 else 0.0
                 found.setdefault(title, []).append((place, float(runs.mean()), spread))
-    if not found:
-        return None
-    keys = [Key(title, svg.swatch(svg.colour(i), line=True)) for i, title in enumerate(found)]
-    return Figure(form.title, [_panel(form, found)], keys)
+    return found
 
 
-def _panel(form: FigureForm, found: dict[str, list[tuple[int, float, float]]]) -> Markup:
+def _panel(form: FigureForm, found: dict[str, list[tuple[int, float, float]]], title: str) -> Markup:
     width, height, left, top = 360.0, 240.0, 50.0, 28.0
     bottom = height - 38
     ends = [mean + sign * spread for points in found.values() for _, mean, spread in points for sign in (-1, 1)]
@@ -129,13 +134,14 @@ def _panel(form: FigureForm, found: dict[str, list[tuple[int, float, float]]]) -
     panel = svg.Panel(width, height, f"{unit} by {form.x_title}")
     xs = svg.Scale(-0.4, len(form.points) - 0.6, left, width - 10)
     ys = svg.Scale(min(ends) - pad, max(ends) + pad, bottom, top)
-    panel.text(4, 14, unit, size=12, bold=True)
+    panel.text(4, 14, f"{title}: {unit}" if title else unit, size=12, bold=True)
     panel.y_axis(ys, left, width - 10)
     for place, point in enumerate(form.points):
         panel.text(xs(place), bottom + 15, svg.clipped(point.label, 14), size=11, anchor="middle", fill=svg.SOFT)
     panel.text((left + width - 10) / 2, bottom + 32, form.x_title, size=11.5, anchor="middle", fill=svg.SOFT)
-    for i, points in enumerate(found.values()):
-        aside = (i - (len(found) - 1) / 2) * 3
+    for i, name in enumerate(form.lines.values()):
+        points = found.get(name, [])
+        aside = (i - (len(form.lines) - 1) / 2) * 3
         for place, mean, spread in points:
             if spread > 0:
                 x = xs(place) + aside
