@@ -30,6 +30,7 @@ def chain(**changes: Any) -> dict[str, Any]:
         ([chain(), chain(name="first", initial_weights="arm:second")], "in the end from itself: second from first from second"),
         ([chain(initial_weights="arm:second")], "in the end from itself"),
         ([{"name": "second", "initial_weights": "arm:first"}, TWINS | {"name": "first"}], "is the same encoder"),
+        ([{"name": "second", "initial_weights": "arm:third"}, {"name": "third", "features": "colour"}], "has no network"),
         ([chain(), {"name": "first", "features": "colour"}], "has no network"),
         ([chain(encoder={"name": "resnet18"}), TWINS | {"name": "first"}], "whose encoder is test_resnet"),
         ([chain(pretraining_seeds=3), TWINS | {"name": "first", "pretraining_seeds": 2}], "2 pretraining seeds for its 3"),
@@ -60,3 +61,25 @@ def test_what_a_chain_is_named_by(tmp_path: Path) -> None:
     one = type(specs)(recipe(arms[0], arms[1] | {"pretraining_seeds": 1}), study.specs.index, study.specs.classes, {})
     starts = {spec.inputs["initial_weights"] for seed in (0, 1) if (spec := one.encoder(one.recipe.arms[0], seed)) is not None}
     assert len(starts) == 1, "one start for all seeds"
+
+
+def test_a_mix_of_some_classes_shows_these_alone(tmp_path: Path) -> None:
+    study = finished_study.make(tmp_path, {"arms": [{"name": "random"}]})
+    mix = [{"classes": ["a"]}, {"classes": ["b"], "times": 3}]
+    specs = type(study.specs)(recipe(TWINS | {"name": "first", "mix": mix}), study.specs.index, study.specs.classes, {})
+    parts = specs.mix(specs.recipe.arms[0])
+    assert [set(part.index.loc[part.rows, "label"]) for part in parts] == [{"a"}, {"b"}] and [p.times for p in parts] == [1, 3]
+    with pytest.raises(RecipeError, match="names split 'train' of the study's dataset twice"):
+        recipe(TWINS | {"name": "first", "mix": [{"classes": ["a"]}, {"classes": ["a", "b"]}]})
+
+
+def test_an_encoder_at_another_size_has_the_seeds_of_the_one_it_is(tmp_path: Path) -> None:
+    study = finished_study.make(tmp_path, {"arms": [{"name": "random"}]})
+    larger = {"name": "larger", "initial_weights": "arm:first", "encoder": {"name": "test_resnet", "image_px": 40}}
+    specs = type(study.specs)(recipe(larger, TWINS | {"name": "first"}), study.specs.index, study.specs.classes, {})
+    arm, parent = specs.recipe.arms
+    assert list(specs.pretraining_seeds(arm)) == [0, 1]
+    for seed in (0, 1):
+        spec, start = specs.encoder(arm, seed), specs.encoder(parent, seed)
+        assert spec is not None and start is not None
+        assert spec.stage == "initialise" and spec.inputs["initial_weights"] == start.name

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from medssl.errors import RecipeError
+from medssl.matrix import written_out
 from medssl.recipe_file import load
 
 OBJECTIVE = {"name": "barlow_twins", "projector": [32, 32]}
@@ -76,3 +77,12 @@ def test_what_no_matrix_is_says_so_in_one_line(changes: dict[str, Any], message:
     with pytest.raises(RecipeError) as failed:
         load(recipe(arms=[{"name": "a"} | changes], comparisons=[]))
     assert message in str(failed.value) and "\n" not in str(failed.value)
+
+
+def test_a_mix_for_every_arm_that_pretrains_and_has_none() -> None:
+    mix = [{"splits": ["train", "val"]}]
+    arms = [
+        {"name": "a", "objective": {"name": "simclr"}}, {"name": "b", "objective": {"name": "simclr"}, "mix": [{}]}, {"name": "c"}
+    ]  # fmt: skip
+    found = written_out({"arms": arms, "pretraining_mix": mix})
+    assert [arm.get("mix") for arm in found["arms"]] == [mix, [{}], None] and "pretraining_mix" not in found

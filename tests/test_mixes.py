@@ -148,6 +148,7 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
         fields["arms"] += [
             mixed | {"name": "chain", "initial_weights": "arm:taught", "epochs": 1},  # before the arm that it starts from
             mixed | {"name": "taught", "epochs": 1} | taught,
+            {"name": "larger", "initial_weights": "arm:chain", "encoder": fields["encoder"] | {"image_px": 40}},
         ]
     fields["compute"] = {"workers": 2, "monitor_every_epochs": 1}
     path, store = str(tiny.write(tmp_path / "study.yaml", fields)), str(place / "store")
@@ -185,6 +186,8 @@ def _check_chain(store: Path, report: str, tmp_path: Path, study: str) -> None:
         assert facts["sha256"] == hashlib.sha256(weights).hexdigest()
         assert facts["summary"] == "all weights of pretrain taught seed 0"
     assert starts
+    (larger,) = [json.loads(path.read_text()) for path in store.glob("markers/initialise-*.json")]
+    assert larger["facts"]["initial_weights"]["summary"] == "all weights of pretrain chain seed 0, which started from arm:taught"
     out = tmp_path / "chain.safetensors"
     tiny.medssl("export", "chain", "--format", "timm", "--out", str(out), "--study", study, "--store", str(store))
     card = Path(f"{out}.card.md").read_text()
@@ -197,7 +200,7 @@ def _check_chain(store: Path, report: str, tmp_path: Path, study: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"objective": {"name": "supervised", "classes": ["globular", "wart"]}}, ["objective.classes has 'wart'", "its labels are"]),
+        ({"objective": {"name": "supervised", "classes": ["globular", "wart"]}}, ["objective.classes has 'wart'", "its labels"]),
         ({"objective": {"name": "supervised", "classes": ["globular"]}}, ["needs two classes or more"]),
     ],
 )
@@ -217,6 +220,7 @@ def test_labels_that_are_not_there_are_one_line(place: Path, tmp_path: Path, cha
         ({"dataset": "datasets/none"}, ["no dataset", "datasets/none", "medssl ingest"]),
         ({"dataset": "file://{store}/datasets/lesions"}, ["the study's own dataset", "leave `dataset` out"]),
         ({"dataset": "datasets/more", "splits": ["val"]}, ["no images in split 'val'", "its splits: train"]),
+        ({"dataset": "datasets/more", "classes": ["globula"]}, ["mix names class 'globula'", "globular"]),
     ],
 )
 def test_a_mix_that_is_not_there_is_one_line(place: Path, tmp_path: Path, part_of_mix: dict[str, Any], words: list[str]) -> None:

@@ -11,7 +11,7 @@ import yaml
 from medssl.datasets.read import Decoding
 from medssl.errors import RecipeError
 from medssl.recipe import Recipe
-from medssl.recipe_file import dump, load
+from medssl.recipe_file import dump, load, load_all
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,8 +35,18 @@ def raw(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_recipes_are_valid_and_open_with_a_header(path: Path) -> None:
-    load(path)
+    assert load_all(path).recipes
     assert path.read_text().startswith("#")
+
+
+def test_fields_are_taken_over_by_a_merge_key(tmp_path: Path) -> None:
+    arms = "arms:\n- &a {name: random, pretraining_seeds: 2}\n- {<<: *a, name: more}"
+    path = tmp_path / "merged.yaml"
+    path.write_text(yaml.safe_dump(raw(arms=[], comparisons=[])).replace("arms: []", arms))
+    assert [(arm.name, arm.pretraining_seeds) for arm in load(path).arms] == [("random", 2), ("more", 2)]
+    path.write_text(path.read_text().replace("<<: *a, name: more", "<<: *a, name: more, name: again"))
+    with pytest.raises(RecipeError, match="field 'name' is given twice"):
+        load(path)
 
 
 BLOCK = {"subgroups": ["age"], "bands": {"age": [40, 60.5]}, "deployment_prior": {"a": 1, "b": 3}}
@@ -79,6 +89,8 @@ def test_every_field_is_described() -> None:
         ({"arms": [{"name": "a", "epoch": 3}]}, ["unknown field 'arms.0.epoch'", "did you mean 'epochs'?"]),
         ({"protocols": [{"name": "p", "kind": "linear_probe", "head_seed": 3}]}, ["'protocols.0.head_seed'", "'head_seeds'"]),
         ({"protocols": [{"name": "p", "kind": "linear_prob"}]}, ["linear_prob", "linear_probe", "fine_tune"]),
+        ({"arms": [{"name": "a", "objective": {"name": "simclr"}, "epochs": 3, "steps": 5}]}, ["epochs is 3 and steps 5"]),
+        ({"arms": [{"name": "a", "steps": 3}]}, ["objective and epochs go together, objective is missing"]),
         ({"arms": [{"name": "a", "epochs": 3}]}, ["objective and epochs go together, objective is missing"]),
         ({"arms": [{"name": "bt", "objective": {"name": "barlow_twins"}, "epochs": 0}]}, ["epochs", "equal to 1", "not 0"]),
         ({"metrics": ["balanced_acuracy"]}, ["balanced_acuracy", "did you mean 'balanced_accuracy'?"]),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from medssl.errors import DataError, MedsslError, RecipeError
+from medssl.errors import DataError, MedsslError, RecipeError, nearest
 from medssl.judging import check_report
 from medssl.metrics import UNKNOWN
 from medssl.mixes import check_splits, joined_index
@@ -70,6 +70,9 @@ def _check_splits(study: Study) -> None:
     for part in (part for arm in study.recipe.arms for part in arm.mix):
         dataset = study.dataset if part.dataset is None else study.others[part.dataset]
         check_splits(dataset.uri, dataset.index(), part.splits)
+        absent = sorted(set(part.classes or ()) - set(dataset.index()["label"].dropna()))
+        if absent:
+            raise DataError(f"mix names class '{absent[0]}': {nearest(absent[0], dataset.classes)} ({dataset.uri})")
     if study.specs.findings:
         _check_findings(study, used)
         return

@@ -23,10 +23,12 @@ def check_lineage(recipe: Recipe, arm: Arm) -> None:
         others = [each.name for each in recipe.arms if each.name != arm.name]
         raise ValueError(f"{where}, and there is no such arm: {nearest(arm.initial_weights.removeprefix(ARM), others)}")
     _check_circle(recipe, arm, where)
-    if arm.objective is None:
-        raise ValueError(f"{where} and pretrains nothing, so it is the same encoder: give it an objective, or leave it out")
     if parent.features != "encoder":
         raise ValueError(f"{where}, which has no network: name an arm with an encoder")
+    if arm.objective is None and recipe.encoder_of(arm).image_px == recipe.encoder_of(parent).image_px:
+        raise ValueError(
+            f"{where} and pretrains nothing, so it is the same encoder: give it an objective or another image_px, or leave it out"
+        )
     mine, given = (recipe.encoder_of(each).model_copy(update={"image_px": 0}) for each in (arm, parent))
     if mine != given:
         raise ValueError(f"{where}, whose encoder is {given.name} of other fields: give both the same, image_px aside")

@@ -1,8 +1,9 @@
-"""Matrices in a recipe: arms, comparisons and rows of tables that differ in a few values, written once.
+"""Matrices in a recipe: arms, protocols, comparisons and rows of tables that differ in a few values, written once.
 
-An entry of `arms`, `comparisons` or a table's `rows` with a `matrix` stands for one entry at each combination of its axes. An
-axis is a list of values, or a mapping of names to fields that the entry gets; `{axis}` in any text of the entry is the value's
-name, and a text that is nothing but `{axis}` the value itself. `except` lists combinations that are left out.
+An entry of `arms`, `protocols`, `comparisons` or a table's `rows` with a `matrix` stands for one entry at each combination of its
+axes. An axis is a list of values, or a mapping of names to fields that the entry gets; `{axis}` in any text of the entry is the
+value's name, and a text that is nothing but `{axis}` the value itself. `except` lists combinations that are left out.
+`pretraining_mix` is the `mix` of every arm that pretrains and names none.
 
     - matrix:
         start: {sl: {initial_weights: timm}, ssl: {initial_weights: bt.pth}}
@@ -20,7 +21,7 @@ from typing import Any
 
 from medssl.errors import nearest
 
-_KEYS = ("arms", "comparisons")
+_KEYS = ("arms", "protocols", "comparisons")
 
 
 def written_out(fields: Any) -> Any:
@@ -39,7 +40,15 @@ def written_out(fields: Any) -> Any:
         entries = found.get(key)
         if isinstance(entries, list | tuple) and any(_has_matrix(entry) for entry in entries):
             found[key] = [each for i, entry in enumerate(entries) for each in _entries(entry, f"{key}.{i}.matrix")]
+    mix = found.pop("pretraining_mix", None)
+    if mix is not None and isinstance(found.get("arms"), list | tuple):
+        found["arms"] = [_with_mix(arm, mix) for arm in found["arms"]]
     return found
+
+
+def _with_mix(arm: Any, mix: Any) -> Any:
+    pretrains = isinstance(arm, Mapping) and arm.get("objective") is not None and not arm.get("mix")
+    return {**arm, "mix": mix} if pretrains else arm
 
 
 def for_datasets(fields: Mapping[str, Any], datasets: Any) -> dict[str, dict[str, Any]]:

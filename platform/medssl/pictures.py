@@ -43,7 +43,7 @@ def embedding_maps(study: Study) -> dict[str, EmbeddingMap]:
     labels_N, marks = _marks(study.specs.labels(chosen), study.specs.classes)
     maps = {}
     for arm in recipe.arms:
-        features_NE = _features(study, arm, probe, chosen)
+        features_NE = _features(study, arm, probe, chosen) if recipe.judges(probe, arm) else None
         if features_NE is not None:
             maps[arm.name] = EmbeddingMap(tsne(features_NE), labels_N, marks)
     return maps

@@ -92,6 +92,8 @@ class ProtocolBase(Params):
 
     name: str = Field(pattern=NAME)
     """Name of the protocol in tables and comparisons."""
+    arms: tuple[str, ...] | None = Field(None, min_length=1)
+    """Arms that it judges; null judges all."""
     head_seeds: int = Field(35, ge=1)
     """Independent heads (fine-tunings) per pretraining seed and label draw."""
     pretraining_seeds: int | None = Field(None, ge=1)

@@ -53,7 +53,9 @@ class MixPart(Params):
     dataset: str | None = None
     """Dataset made by `medssl ingest`, named as the study's is; null is the study's own."""
     splits: tuple[str, ...] = Field(("train",), min_length=1)
-    """Splits whose images (never labels) are shown."""
+    """Splits whose images (never labels, but for `objective: supervised`) are shown."""
+    classes: tuple[str, ...] | None = Field(None, min_length=1)
+    """Show images of these classes alone, as where a clinic adds normal ones; null shows all."""
     times: int = Field(1, ge=1)
     """How often an epoch shows each of these images: over-sampling of a small part beside a large one."""
 
@@ -76,7 +78,9 @@ class Arm(Params):
     pretraining_seeds: int | None = Field(None, ge=1)
     """Pretraining seeds (or random initialisations) of this arm; null takes `repeats.pretraining_seeds`."""
     epochs: int | None = Field(None, ge=1)
-    """Passes over the pretraining images."""
+    """Passes over the pretraining images; null where `steps` says."""
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps of the pretraining, in place of epochs: 100,000 in paper 004, whatever the number of images."""
     batch_size: int = Field(128, ge=2)
     """Images in one optimiser step, over all workers together."""
     optimiser: OptimiserParams = OptimiserParams()
@@ -104,8 +108,10 @@ class Arm(Params):
 
     @model_validator(mode="after")
     def _pretraining_is_whole(self) -> Arm:
-        if (self.objective is None) != (self.epochs is None):
-            missing = "epochs" if self.epochs is None else "objective"
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"arm '{self.name}': epochs is {self.epochs} and steps {self.steps}: give one of them")
+        if (self.objective is None) != (self.epochs is None and self.steps is None):
+            missing = "epochs" if self.objective is not None else "objective"
             raise ValueError(f"arm '{self.name}': objective and epochs go together, {missing} is missing")
         if self.features == "colour" and (self.objective is not None or self.initial_weights != "random"):
             raise ValueError(f"arm '{self.name}': colour features take no objective, epochs or initial weights")
@@ -128,7 +134,9 @@ class Arm(Params):
     def _check_mix(self) -> None:
         if self.mix and self.objective is None:
             raise ValueError(f"arm '{self.name}': mix says what a pretraining is shown, and the arm has no objective")
-        parts = [(part.dataset, split) for part in self.mix for split in part.splits]
+        parts = [
+            (part.dataset, split, name) for part in self.mix for split in part.splits for name in part.classes or (None,)
+        ]
         twice = next((part for part in parts if parts.count(part) > 1), None)
         if twice is not None:
             whose = f"of {twice[0]}" if twice[0] else "of the study's dataset"
@@ -136,6 +144,11 @@ class Arm(Params):
         often = max((part.times for part in self.mix), default=1)
         if self.pairs == "bag" and often > 1:
             raise ValueError(f"arm '{self.name}': pairs of a bag show each bag once an epoch, so mix.times {often} must be 1")
+
+    @property
+    def duration(self) -> str:
+        """How long it pretrains, in words."""
+        return f"{self.epochs} epochs" if self.steps is None else f"{self.steps:,} steps"
 
     @property
     def is_random(self) -> bool:
@@ -244,6 +257,10 @@ class Recipe(Params):
             "protocol": [each.name for each in self.protocols],
             "shifted set": [each.name for each in self.shifted],
         }
+        for protocol in self.protocols:
+            unknown = next((arm for arm in protocol.arms or () if arm not in named["arm"]), None)
+            if unknown is not None:
+                raise ValueError(f"protocol '{protocol.name}' judges arm '{unknown}': {nearest(unknown, named['arm'])}")
         for kind, names in named.items():
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
@@ -320,6 +337,10 @@ class Recipe(Params):
                 raise ValueError(f"arm '{name}' has no network to fine-tune: compare it by a linear probe")
         if comparison.protocol not in protocols:
             raise ValueError(f"comparison names protocol '{comparison.protocol}': {nearest(comparison.protocol, protocols)}")
+        for name in (comparison.better, comparison.than):
+            judged = next(p for p in self.protocols if p.name == comparison.protocol).arms
+            if judged is not None and name in arms and name not in judged:
+                raise ValueError(f"protocol '{comparison.protocol}' does not judge arm '{name}': {nearest(name, judged)}")
         if comparison.shifted is not None and comparison.shifted not in (sets := [each.name for each in self.shifted]):
             near = nearest(comparison.shifted, sets) if sets else "the study has none: add it under `shifted`"
             raise ValueError(f"comparison is on shifted set '{comparison.shifted}': {near}")
@@ -336,6 +357,13 @@ class Recipe(Params):
         """Number of arms that have to be pretrained before it."""
         parent = self.parent(arm)
         return 0 if parent is None else 1 + self.generation(parent)
+
+    @staticmethod
+    def judges(protocol: Protocol, arm: Arm) -> bool:
+        """Whether an arm is judged by a protocol: it is among the protocol's, and has a network where one is fine-tuned."""
+        return (protocol.arms is None or arm.name in protocol.arms) and (
+            arm.features != "colour" or protocol.kind != "fine_tune"
+        )
 
     def encoder_of(self, arm: Arm) -> EncoderParams:
         """The encoder that an arm uses."""
@@ -361,11 +389,11 @@ class Recipe(Params):
 
     def plan(self, arm: Arm, seed: int) -> PretrainPlan:
         """The pretraining of one seed of an arm that has an objective."""
-        if arm.objective is None or arm.epochs is None:
+        if arm.objective is None:
             raise RecipeError(f"arm '{arm.name}' has no objective, so there is nothing to pretrain")
         return PretrainPlan(
             encoder=self.encoder_of(arm), objective=arm.objective, optimiser=arm.optimiser, schedule=arm.schedule,
-            views=arm.views, epochs=arm.epochs, batch_size=arm.batch_size, seed=seed, pairs=arm.pairs, further=arm.further,
-            surgery=arm.surgery, learning_rate_finder=arm.learning_rate_finder, encoder_parts=arm.encoder_parts,
-            precision=arm.precision, gradient_clip=arm.gradient_clip,
+            views=arm.views, epochs=arm.epochs, steps=arm.steps, batch_size=arm.batch_size, seed=seed, pairs=arm.pairs,
+            further=arm.further, surgery=arm.surgery, learning_rate_finder=arm.learning_rate_finder,
+            encoder_parts=arm.encoder_parts, precision=arm.precision, gradient_clip=arm.gradient_clip,
         )  # fmt: skip

@@ -116,7 +116,9 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        # `<<: *anchor` takes fields over, which the mapping's own then replace: no key given twice
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=deep) for key in own]
         for index, key in enumerate(keys):
             if key in keys[:index]:
                 raise yaml.MarkedYAMLError(problem=f"field '{key}' is given twice", problem_mark=node.start_mark)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
@@ -75,19 +75,18 @@ class Runner:
         """Pretrains one encoder after the other, each on all workers; random ones are made side by side."""
         study = self.study
         missing = [entry for entry in study.encoders() if not study.is_finished(entry[2])]
-        missing.sort(key=lambda entry: study.recipe.generation(entry[0]))  # an arm's encoder before those that start from it
         given = self._given_weights(missing)  # first of all: what does not fit is refused before hours of training
-        self._encode(
-            "initialise",
-            [
-                InitialiseTask(self.context, spec, arm.name, seed, given.get(spec.name))
-                for arm, seed, spec in missing
+        for generation in sorted({study.recipe.generation(arm) for arm, _, _ in missing}):
+            mine = [entry for entry in missing if study.recipe.generation(entry[0]) == generation]
+            tasks = [
+                InitialiseTask(self.context, spec, arm.name, seed, self._start(arm, seed, spec, given))
+                for arm, seed, spec in mine
                 if spec.stage == "initialise"
-            ],
-        )
-        for arm, seed, spec in missing:
-            if spec.stage == "pretrain":
-                self._make(spec, partial(self._pretrain, arm, seed, spec, given.get(spec.name)))
+            ]
+            self._encode("initialise", tasks)
+            for arm, seed, spec in mine:
+                if spec.stage == "pretrain":
+                    self._make(spec, partial(self._pretrain, arm, seed, spec, given))
 
     def _given_weights(self, encoders: Sequence[tuple[Arm, int, Spec]]) -> dict[str, GivenWeights]:
         """The weights that encoders start from, by artifact; says what of their files was loaded."""
@@ -102,11 +101,17 @@ class Runner:
             study.emit(Event("message", line))
         return given
 
-    def _pretrain(self, arm: Arm, seed: int, spec: Spec, given: GivenWeights | None, on_progress: OnProgress) -> Marker:
+    def _start(self, arm: Arm, seed: int, spec: Spec, given: Mapping[str, GivenWeights]) -> GivenWeights | None:
+        """The weights that an encoder starts from; of another arm, whose encoder is finished by now, put in place here."""
+        if self.study.recipe.parent(arm) is None:
+            return given.get(spec.name)
+        return stage_arm(self.study.specs, arm, seed, spec, self.study.store)
+
+    def _pretrain(
+        self, arm: Arm, seed: int, spec: Spec, given: Mapping[str, GivenWeights], on_progress: OnProgress
+    ) -> Marker:
         study, recipe = self.study, self.study.recipe
         self._connect()
-        if recipe.parent(arm) is not None:
-            given = stage_arm(study.specs, arm, seed, spec, study.store)
         watched = self._watched(seed)
         return run_pretrain(
             study.store, spec, study.specs.plan(arm, seed),
@@ -114,7 +119,7 @@ class Runner:
             decoding=recipe.decoding,
             compute=recipe.compute,
             before_publish=self._check_leases,
-            initial_weights=given,
+            initial_weights=self._start(arm, seed, spec, given),
             on_progress=on_progress,
             watched=watched,
             watched_images=self.context.resident if watched else None,
@@ -152,7 +157,7 @@ class Runner:
         for protocol in study.recipe.protocols:
             if protocol.kind == "fine_tune":
                 continue
-            for arm in study.recipe.arms:
+            for arm in filter(partial(study.recipe.judges, protocol), study.recipe.arms):
                 for seed in study.specs.pretraining_seeds(arm, protocol):
                     spec = study.embed_spec(arm, seed, protocol)
                     if spec is None:

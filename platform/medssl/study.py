@@ -200,7 +200,7 @@ class Study:
             (arm, protocol)
             for protocol in self.recipe.protocols
             for arm in self.recipe.arms
-            if protocol.search.needed and not (arm.features == "colour" and protocol.kind == "fine_tune")
+            if protocol.search.needed and self.recipe.judges(protocol, arm)
         ]
 
     def evaluations(self, cell: Cell) -> dict[int, Spec] | None:
@@ -261,7 +261,7 @@ class Study:
         found: list[PlanLine] = []
         for protocol in self.recipe.protocols:
             for arm in self.recipe.arms:
-                if protocol.kind != "fine_tune":
+                if protocol.kind != "fine_tune" and self.recipe.judges(protocol, arm):
                     for seed in self.specs.pretraining_seeds(arm, protocol):
                         spec, label = self.embed_spec(arm, seed, protocol), f"embed {arm.name} seed {seed}"
                         found.append(self._line(spec) if spec else PlanLine("embed", label, "waits", len(self.specs.index)))

@@ -126,7 +126,7 @@ def test_killed_rank_changes_nothing_of_any_method(tmp_path: Path, name: str) ->
     """Teacher, queue, prototypes, phases and the rate that was found: all of them outlive the kill."""
     resident(tmp_path)
     options = {"plan": METHODS[name]}
-    epochs = plan(**METHODS[name]).total_epochs
+    epochs = plan(**METHODS[name]).total_epochs(1)
     outputs = [open_store(str(tmp_path / part), create=True) for part in ("undisturbed", "killed")]
     victim = (1, STEPS_PER_EPOCH * epochs - 1)
     calls = [(outputs[0].uri, options), (outputs[1].uri, {**options, "die_at": victim})]
@@ -277,3 +277,39 @@ def test_nan_without_checkpoints_names_its_step(tmp_path: Path, monkeypatch: pyt
     output = open_store(str(tmp_path / "out"), create=True)
     result = train(CPU, str(tmp_path), output.uri, checkpoint_every_steps=None, log_every_steps=100)
     assert (result.status, result.step, result.epochs, result.last_checkpoint_step) == ("non_finite", poison, 1, 3)
+
+
+def test_a_duration_in_steps_ends_within_an_epoch_and_is_resumed(tmp_path: Path) -> None:
+    """At a constant rate its steps are those of a longer training in epochs; a broken-off one goes on to the same end."""
+    constant = {"schedule": {"name": "constant"}}
+    short = {"epochs": None, "steps": STEPS_PER_EPOCH + 1, **constant}
+    output, longer, broken = (open_store(str(tmp_path / name), create=True) for name in ("short", "longer", "broken"))
+    result = train(CPU, str(tmp_path), output.uri, plan=short, checkpoint_every_steps=None)
+    assert (result.status, result.step, result.epochs, result.last_checkpoint_step) == ("finished", 4, 2, 4)
+    train(CPU, str(tmp_path), longer.uri, plan={"epochs": 2, **constant})
+    mine, theirs = rows(output), rows(longer)
+    assert [key[1] for key in mine] == [1, 2, 3, 4] and all(mine[key]["loss"] == theirs[key]["loss"] for key in mine)
+
+    class Stop(Exception):
+        pass
+
+    def stop(now: Progress) -> None:
+        if now.step == STEPS_PER_EPOCH:
+            raise Stop
+
+    images, chosen = resident(tmp_path), plan(**short)
+    feed = ResidentFeed(images, range(len(images)), BATCH, chosen.seed, CPU)
+    with pytest.raises(Stop):
+        pretrain(chosen, feed, CPU, broken, checkpoint_every_steps=2, log_every_steps=1, on_progress=stop)
+    assert train(CPU, str(tmp_path), broken.uri, plan=short).step == 4
+    assert broken.read("encoder.safetensors") == output.read("encoder.safetensors")
+
+
+def test_a_plan_has_one_duration_and_is_named_as_before() -> None:
+    for wrong in ({"epochs": None}, {"epochs": 2, "steps": 5}):
+        with pytest.raises(ValueError, match="give one of them"):
+            plan(**wrong)
+    assert "steps" not in plan().canonical()
+    further = plan(epochs=None, steps=10, further={"head_only_epochs": 1}, batch_size=4)
+    assert (further.total_steps(3), further.total_epochs(3), further.total_images(13)) == (13, 5, 53)
+    assert plan(further={"head_only_epochs": 1}).total_images(13) == 52

@@ -152,8 +152,8 @@ def _method(arm: Arm, facts: CardFacts) -> str:
     labels = "on labels" if arm.objective.takes_labels else "without labels"
     objective = ", ".join(f"{key} {value}" for key, value in arm.objective.canonical().items() if key != "name")
     return (
-        f"{facts.params.name}, from {given}, pretrained {labels} by {arm.objective.name} ({objective}) for {arm.epochs} "
-        f"epochs at batch {arm.batch_size} with {arm.optimiser.name}."
+        f"{facts.params.name}, from {given}, pretrained {labels} by {arm.objective.name} ({objective}) for "
+        f"{arm.duration} at batch {arm.batch_size} with {arm.optimiser.name}."
     )
 
 

@@ -49,7 +49,7 @@ def arm_facts(recipe: Recipe, arm: Arm) -> ArmFacts:
     words = arm.objective.name.replace("_", " ")
     return ArmFacts(
         arm.name,
-        f"{encoder.name} at {encoder.image_px} px, {begin}, {words}{_mix(arm)}, {arm.epochs} epochs, batch {arm.batch_size}",
+        f"{encoder.name} at {encoder.image_px} px, {begin}, {words}{_mix(arm)}, {arm.duration}, batch {arm.batch_size}",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 
 from medssl.objectives import ObjectiveParams, SupervisedParams
 from medssl.training.plan import PretrainPlan
+
+if TYPE_CHECKING:
+    from medssl.recipe import MixPart
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +31,11 @@ class ShownPart:
     """Rows of the splits that are not shown, since the study judges or chooses by their images."""
 
 
-def candidates(index: pd.DataFrame, splits: Sequence[str], objective: ObjectiveParams | None) -> NDArray[np.int64]:
-    """Rows of the splits; for a method that takes labels those whose label it tells apart."""
-    wanted = index["split"].isin(splits)
+def candidates(index: pd.DataFrame, part: MixPart, objective: ObjectiveParams | None) -> NDArray[np.int64]:
+    """Rows of the part's splits and classes; for a method that takes labels those whose label it tells apart."""
+    wanted = index["split"].isin(part.splits)
+    if part.classes is not None:
+        wanted &= index["label"].isin(part.classes)
     if isinstance(objective, SupervisedParams):
         wanted &= index["label"].notna() if objective.classes is None else index["label"].isin(objective.classes)
     return index.index[wanted].to_numpy(dtype=np.int64)

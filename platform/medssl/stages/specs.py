@@ -93,6 +93,9 @@ class Specs:
 
     def pretraining_seeds(self, arm: Arm, protocol: Protocol | None = None) -> range:
         """Seeds of an arm; one for features without chance."""
+        parent = self.recipe.parent(arm)
+        if arm.objective is None and parent is not None:  # the same encoders at another size
+            return self.pretraining_seeds(parent, protocol)
         alike = arm.objective is None and arm.initial_weights != "random"  # given weights, not trained: one encoder
         if arm.features == "colour" or alike:
             return range(1)
@@ -105,7 +108,7 @@ class Specs:
             Cell(arm, protocol, seed, draw)
             for protocol in self.recipe.protocols
             for arm in self.recipe.arms
-            if not (arm.features == "colour" and protocol.kind == "fine_tune")
+            if self.recipe.judges(protocol, arm)
             for seed in self.pretraining_seeds(arm, protocol)
             for draw in range(self.recipe.draws_of(protocol))
         ]
@@ -137,7 +140,7 @@ class Specs:
             keys = [part.index.loc[part.rows, ["image_id", "bag_id", "patient_id"]].astype(object) for part in parts]
             lists = [part.where(part.notna(), None).to_numpy().tolist() for part in keys]
             inputs["bags"] = digest_json(lists if arm.mix else lists[0])
-        return Spec("pretrain", config, inputs, f"pretrain {arm.name} seed {seed}", images * plan.total_epochs)
+        return Spec("pretrain", config, inputs, f"pretrain {arm.name} seed {seed}", plan.total_images(images))
 
     def parent_seed(self, parent: Arm, seed: int) -> int:
         """Pretraining seed of the encoder that another arm's seed starts from: the same, or the only one."""
@@ -156,7 +159,7 @@ class Specs:
         parts = []
         for part in self.recipe.mix(arm):
             index = self.index if part.dataset is None else self.others[part.dataset]
-            rows = candidates(index, part.splits, arm.objective)
+            rows = candidates(index, part, arm.objective)
             judged = seen_elsewhere(index, rows, self._judged_images) if part.dataset is not None else rows[:0]
             parts.append(ShownPart(part.dataset, index, np.setdiff1d(rows, judged), part.splits, part.times, judged))
         return parts

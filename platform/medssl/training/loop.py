@@ -122,6 +122,11 @@ class _Run:
     waited: float = 0.0
     """Seconds spent waiting for batches in this window."""
 
+    @property
+    def total_epochs(self) -> int:
+        """Passes over the images, a part of one counted as one."""
+        return self.plan.total_epochs(self.feed.steps_per_epoch)
+
 
 def pretrain(
     plan: PretrainPlan,
@@ -194,11 +199,11 @@ def _continue_from_checkpoint(run: _Run) -> None:
 
 
 def _remaining_batches(run: _Run) -> Iterator[Batch]:
-    """This rank's batches from the step after the last one done to the end of the last epoch; notes the time waited."""
+    """This rank's batches from the step after the last one done to the last; notes the time waited."""
     sheet_wanted = run.process.is_main and not run.output.exists(SHEET_FILE)
-    for epoch in range(run.done // run.feed.steps_per_epoch, run.plan.total_epochs):
+    for epoch in range(run.done // run.feed.steps_per_epoch, run.total_epochs):
         batches = run.feed.batches(epoch, run.done - epoch * run.feed.steps_per_epoch)
-        while True:
+        while run.done < run.stepper.total_steps or run.done % run.feed.steps_per_epoch == 0:  # whole epochs are read out
             started = time.perf_counter()
             batch = next(batches, None)
             run.waited += time.perf_counter() - started
@@ -253,7 +258,7 @@ def _log_due(run: _Run) -> bool:
 def _checkpoint_due(run: _Run) -> bool:
     every = run.checkpoint_every_steps
     epoch, rest = divmod(run.done, run.feed.steps_per_epoch)
-    at_epoch_end = rest == 0 and (epoch % run.checkpoint_every_epochs == 0 or epoch == run.plan.total_epochs)
+    at_epoch_end = (rest == 0 and epoch % run.checkpoint_every_epochs == 0) or run.done == run.stepper.total_steps
     return at_epoch_end or (every is not None and run.done % every == 0)
 
 
@@ -296,7 +301,7 @@ def _progress(run: _Run, row: dict[str, Any]) -> Progress:
         step=run.done,
         total_steps=run.stepper.total_steps,
         epoch=run.done // run.feed.steps_per_epoch,
-        total_epochs=run.plan.total_epochs,
+        total_epochs=run.total_epochs,
         images=run.done * run.feed.batch_size,
         total_images=run.stepper.total_steps * run.feed.batch_size,
         loss=row["loss"],
@@ -321,8 +326,10 @@ def _save_checkpoint(run: _Run) -> None:
 def _monitor(run: _Run, monitor: Monitor, every_epochs: int) -> None:
     """At the end of an epoch, on rank 0; the others wait in the next collective. A resumed run writes the same again."""
     epoch, rest = divmod(run.done, run.feed.steps_per_epoch)
-    if rest or not run.process.is_main or (epoch % every_epochs and epoch != run.plan.total_epochs):
+    at_end = run.done == run.stepper.total_steps
+    if not run.process.is_main or (not at_end and (rest or epoch % every_epochs)):
         return
+    epoch = run.total_epochs if at_end else epoch
     encoder = run.stepper.module.encoder
     modes = {module: module.training for module in encoder.modules()}
     encoder.eval()
@@ -354,7 +361,7 @@ def _finish(run: _Run) -> PretrainResult:
     if run.process.is_main:
         files, facts = _write_results(run)
     barrier()
-    return PretrainResult("finished", run.done, run.plan.total_epochs, rate, run.last_checkpoint_step, files, facts)
+    return PretrainResult("finished", run.done, run.total_epochs, rate, run.last_checkpoint_step, files, facts)
 
 
 def _write_results(run: _Run) -> tuple[dict[str, str], dict[str, Any]]:

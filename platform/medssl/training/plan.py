@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medssl.networks.encoder import EncoderParams
 from medssl.networks.surgery import SurgeryParams
@@ -36,8 +36,10 @@ class PretrainPlan(Params):
     optimiser: OptimiserParams
     schedule: ScheduleParams
     views: ViewParams
-    epochs: int = Field(ge=1)
-    """Passes over the images, not counting `further.head_only_epochs`."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the images, not counting `further.head_only_epochs`; null where `steps` says."""
+    steps: int | None = Field(None, ge=1)
+    """Steps after those epochs, in place of epochs: the last pass ends with the last step."""
     batch_size: int = Field(ge=2)
     """Images in one optimiser step over all workers together (each gives two views); bags with `pairs: bag`."""
     seed: int = Field(ge=0)
@@ -61,9 +63,27 @@ class PretrainPlan(Params):
     @model_validator(mode="after")
     def _consistent(self) -> PretrainPlan:
         self.objective.check(batch_size=self.batch_size)
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"epochs is {self.epochs} and steps {self.steps}: give one of them, and null for the other")
         return self
 
-    @property
-    def total_epochs(self) -> int:
-        """All passes over the images."""
-        return self.further.head_only_epochs + self.epochs
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plan in epochs is named as it was before there were steps."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "steps" or value is not None}
+
+    def total_steps(self, per_epoch: int) -> int:
+        """All steps, of the projector alone and of what follows, where an epoch has so many."""
+        after = self.steps if self.epochs is None else self.epochs * per_epoch
+        return self.further.head_only_epochs * per_epoch + (after or 0)
+
+    def total_epochs(self, per_epoch: int) -> int:
+        """Passes over the images that the steps take, a part of one counted as one."""
+        return -(-self.total_steps(per_epoch) // per_epoch)
+
+    def total_images(self, images: int) -> int:
+        """Images that are read, each pass counted, where an epoch shows so many (its last, incomplete batch is dropped)."""
+        if self.epochs is not None:
+            return images * (self.further.head_only_epochs + self.epochs)
+        return images * self.further.head_only_epochs + (self.steps or 0) * self.batch_size

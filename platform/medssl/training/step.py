@@ -159,7 +159,7 @@ class Stepper:
         self.plan, self.process, self.steps_per_epoch = plan, process, steps_per_epoch
         self.labels_N = labels_N
         self.head_steps = plan.further.head_only_epochs * steps_per_epoch
-        self.total_steps = plan.total_epochs * steps_per_epoch
+        self.total_steps = plan.total_steps(steps_per_epoch)
         self.peak_rate = plan.optimiser.learning_rate
         self.module = build_pretraining(plan, initial_encoder, sample_BHWC)
         if process.world > 1:
