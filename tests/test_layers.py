@@ -19,7 +19,7 @@ LEVELS = {
     2: "protocols shifted outside label_curves published report_params comparison compute matrix recipe recipe_file mixes"
     " lineage forms streams rows bag_rows",
     3: "stages",
-    4: "claims comparing judging shifting guards checks pictures results runner study family quickstart starter submit",
+    4: "claims costs comparing judging shifting guards checks pictures results runner study family quickstart starter submit",
     5: "console cli __main__",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}

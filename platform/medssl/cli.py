@@ -69,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_study(command("run", _run, "run a study, or what is missing of it")).add_argument(
         "--address", help="address of a running Ray cluster (default: RAY_ADDRESS, else a local Ray of its own)"
     )
-    _add_study(command("plan", _plan, "the stages of a study, what is finished, what the rest costs, what it can show"))
+    sub = _add_study(command("plan", _plan, "the stages of a study, what is finished, what the rest costs, what it can show"))
+    sub.add_argument("--hardware", metavar="NAME", help="estimate hours: a100, 8xh100 ..., or here (measures this machine)")
+    sub.add_argument("--price", type=float, help="what a device of that hardware costs in an hour")
     _add_study(command("report", _report, "make the report of a finished study again"))
     sub = command("init", _init, "write a commented recipe for a dataset")
     sub.add_argument("dataset", help="URI of the dataset")
@@ -212,16 +214,31 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from medssl.family import plan_all
 
+    if arguments.price is not None and not arguments.hardware:
+        raise RecipeError("--price is what a device of --hardware costs: give both")
     plans = plan_all(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set)
+    costs = _costs(arguments, plans) if arguments.hardware else {}
     if arguments.json:
         found = {name: [asdict(line) for line in lines] for name, lines in plans.items()}
+        for name, each in costs.items():
+            found[name].append({"stage": "cost", **asdict(each), "total_hours": each.total})
         print(json.dumps(found if len(found) > 1 else next(iter(found.values()))))
         return 0
     for name, lines in plans.items():
         if len(plans) > 1:
             print(f"{name}:")
         _print_plan(lines)
+        if name in costs:
+            print(costs[name].to_text())
     return 0
+
+
+def _costs(arguments: argparse.Namespace, plans: dict[str, Any]) -> dict[str, Any]:
+    from medssl.costs import cost, hardware
+    from medssl.recipe_file import load_all
+
+    on, recipes = hardware(arguments.hardware), load_all(arguments.recipe, arguments.set).recipes.values()
+    return {recipe.study: cost(recipe, plans[recipe.study], on, arguments.price) for recipe in recipes}
 
 
 def _print_plan(lines: Sequence[Any]) -> None:

@@ -48,6 +48,8 @@ class PlanLine:
     """Images it reads, each pass counted; 0 when nothing is to do."""
     users: int = 1
     """Arms and protocols that use it, though it is made once."""
+    arm: str = ""
+    """Whose it is; of the report nobody's, of a shared stage the first arm's."""
     comparisons: tuple[Detectable, ...] = ()
     """Of the report: how small a difference each comparison can show. Empty for every other stage."""
 
@@ -243,12 +245,13 @@ class Study:
             for seed in self.specs.pretraining_seeds(arm)
             if (spec := self.specs.encoder(arm, seed)) is not None
         )
-        lines = [replace(self._line(spec), users=used[spec.name]) for _, _, spec in self.encoders()]
+        lines = [replace(self._line(spec, arm), users=used[spec.name]) for arm, _, spec in self.encoders()]
         lines += self._embed_lines()
         waits = "waits"
         for arm, protocol in self.searches():
             spec = self.search_spec(arm, protocol)
-            lines.append(self._line(spec) if spec else PlanLine("search", f"search {protocol.name} of {arm.name}", waits, 0))
+            label, images = f"search {protocol.name} of {arm.name}", self.specs.search_images(protocol)
+            lines.append(self._line(spec, arm) if spec else PlanLine("search", label, waits, images, arm=arm.name))
         for cell in self.specs.cells():
             lines.append(self._cell_line(cell))
         lines += [self._shifted_line(cell, shifted) for shifted in self.specs.shifted.values() for cell in self.specs.cells()]
@@ -264,28 +267,33 @@ class Study:
                 if protocol.kind != "fine_tune" and self.recipe.judges(protocol, arm):
                     for seed in self.specs.pretraining_seeds(arm, protocol):
                         spec, label = self.embed_spec(arm, seed, protocol), f"embed {arm.name} seed {seed}"
-                        found.append(self._line(spec) if spec else PlanLine("embed", label, "waits", len(self.specs.index)))
+                        images = self.specs.embed_images(protocol)
+                        found.append(self._line(spec, arm) if spec else PlanLine("embed", label, "waits", images, arm=arm.name))
         return [replace(line, users=users) for line, users in Counter(found).items()]
 
-    def _line(self, spec: Spec) -> PlanLine:
+    def _line(self, spec: Spec, arm: Arm) -> PlanLine:
         done = self.is_finished(spec)
-        return PlanLine(spec.stage, spec.label, "finished" if done else "to do", 0 if done else spec.images)
+        return PlanLine(spec.stage, spec.label, "finished" if done else "to do", 0 if done else spec.images, arm=arm.name)
 
     def _cell_line(self, cell: Cell) -> PlanLine:
         specs = self.evaluations(cell)
-        return self._seeds_line("evaluate", cell.label, cell, None if specs is None else list(specs.values()))
+        seed_images = self.specs.evaluation_images(cell)
+        return self._seeds_line("evaluate", cell.label, cell, None if specs is None else list(specs.values()), seed_images)
 
     def _shifted_line(self, cell: Cell, shifted: ShiftedSet) -> PlanLine:
         found = transfers(self, cell, shifted)
         specs = None if found is None else [each.spec for each in found]
-        return self._seeds_line("transfer", f"{cell.label} on {shifted.params.name}", cell, specs)
+        seed_images = len(shifted.rows) if cell.protocol.kind == "fine_tune" else 0
+        return self._seeds_line("transfer", f"{cell.label} on {shifted.params.name}", cell, specs, seed_images)
 
-    def _seeds_line(self, stage: str, label: str, cell: Cell, specs: Sequence[Spec] | None) -> PlanLine:
+    def _seeds_line(self, stage: str, label: str, cell: Cell, specs: Sequence[Spec] | None, seed_images: int) -> PlanLine:
+        """`seed_images` are what one seed reads."""
+        seeds, arm = cell.protocol.head_seeds, cell.arm.name
         if specs is None:
-            return PlanLine(stage, f"{label}: {cell.protocol.head_seeds} head seeds", "waits", 0)
+            return PlanLine(stage, f"{label}: {seeds} head seeds", "waits", seeds * seed_images, arm=arm)
         missing = [s for s in specs if not self.is_finished(s)]
         state = "finished" if not missing else f"to do ({len(missing)} of {len(specs)})"
-        return PlanLine(stage, f"{label}: {len(specs)} head seeds", state, sum(s.images for s in missing))
+        return PlanLine(stage, f"{label}: {len(specs)} head seeds", state, sum(s.images for s in missing), arm=arm)
 
 
 def _prepare(

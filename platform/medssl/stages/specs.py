@@ -184,7 +184,6 @@ class Specs:
         config: dict[str, Any] = {"features": arm.features, "images": self._decoding()}
         rows = self.index[self.index["split"].isin((TRAIN, VALIDATION, TEST))]
         inputs = {"images": self._image_digest(rows)}
-        images = len(rows)
         if encoder is not None:
             config["encoder"] = self._architecture(arm)
             inputs["encoder"] = encoder.digest
@@ -198,8 +197,24 @@ class Specs:
                 "rows": digest_json(drawn.tolist()),
                 "views": protocol.probe.bank_views.canonical(),
             }
-            images += bank * len(drawn)
-        return Spec("embed", config, inputs, f"embed {arm.name} seed {seed}", images)
+        return Spec("embed", config, inputs, f"embed {arm.name} seed {seed}", self.embed_images(protocol))
+
+    def embed_images(self, protocol: Probe) -> int:
+        """Images that the features of one encoder take: the labelled splits, and the bank's passes of the drawn ones."""
+        labelled = int(self.index["split"].isin((TRAIN, VALIDATION, TEST)).sum())
+        bank = 0 if protocol.kind == "knn" else protocol.probe.bank_passes
+        return labelled + (bank * len(self.drawn_rows()) if bank else 0)
+
+    def search_images(self, protocol: Protocol) -> int:
+        """Images that one search reads: none for a probe, whose features are there."""
+        seen = _images(protocol, len(self.draw(0, protocol)), len(self.rows(VALIDATION)))
+        return seen * protocol.search.points * protocol.search.head_seeds
+
+    def evaluation_images(self, cell: Cell) -> int:
+        """Images that one head seed reads: none for a probe."""
+        split = self.recipe.evaluation_split
+        judged = len(self.rows(split)) + (len(self.rows(VALIDATION)) if split != VALIDATION else 0)  # for the temperature
+        return _images(cell.protocol, len(self.draw(cell.label_draw, cell.protocol)), judged)
 
     def search(self, arm: Arm, protocol: Protocol, features: Marker) -> Spec:
         """Search on the first encoder and the first draw; `features` is the embed artifact or the encoder's."""
@@ -217,8 +232,7 @@ class Specs:
             "validation": self._label_digest(rows),
         }
         inputs |= self._pixels(protocol, np.concatenate([self.draw(0, protocol), rows]))
-        images = _images(protocol, len(self.draw(0, protocol)), len(rows)) * protocol.search.points * protocol.search.head_seeds
-        return Spec("search", config, inputs, f"search {protocol.name} of {arm.name}", images)
+        return Spec("search", config, inputs, f"search {protocol.name} of {arm.name}", self.search_images(protocol))
 
     def evaluate(self, cell: Cell, head_seed: int, point: Mapping[str, float], features: Marker) -> Spec:
         """One head seed of a cell, trained with the point (learning_rate, weight_decay) that the search chose."""
@@ -243,8 +257,7 @@ class Specs:
             seen.append(self.rows(VALIDATION))
             inputs["validation"] = self._label_digest(seen[-1], patients=scaled)
         inputs |= self._pixels(cell.protocol, np.concatenate(seen))
-        images = _images(cell.protocol, len(drawn), len(test) + (len(seen[-1]) if scaled else 0))
-        return Spec("evaluate", config, inputs, f"{cell.label}, head seed {head_seed}", images)
+        return Spec("evaluate", config, inputs, f"{cell.label}, head seed {head_seed}", self.evaluation_images(cell))
 
     def shifted_features(self, arm: Arm, seed: int, shifted: ShiftedSet, encoder: Marker | None) -> Spec:
         """Features of the judged images of a shifted set."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from medssl.collectives import Process
+from medssl.networks.encoder import EncoderParams, build_encoder
 from medssl.training.feed import Batch, Feed
 from medssl.training.plan import PretrainPlan
 from medssl.training.step import Stepper
@@ -69,3 +70,19 @@ def measure_step(plan: PretrainPlan, feed: Feed, process: Process, *, steps: int
     views_seconds = _seconds(process, steps, lambda step: stepper.make_views(batch, step))
     images = steps * len(batch.images_BHWC)
     return StepSpeed(images / seconds, images / views_seconds, steps, seconds)
+
+
+def measure_encoder(encoder: EncoderParams, batch: int, process: Process, *, steps: int = 3, warmup: int = 1) -> float:
+    """Images per second of the encoder's forward and backward pass alone, in bfloat16 on a GPU and in float32 on a CPU."""
+    network = build_encoder(encoder, 0).to(process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images_BCHW = torch.randn(batch, encoder.channels, encoder.image_px, encoder.image_px, device=process.device)
+    images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+
+    def step(_: int) -> None:
+        with torch.autocast(process.device.type, torch.bfloat16, enabled=process.device.type == "cuda"):
+            features_BE = network(images_BCHW)
+        features_BE.float().square().mean().backward()
+
+    for number in range(warmup):
+        step(number)
+    return steps * batch / _seconds(process, steps, step)
