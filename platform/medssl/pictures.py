@@ -1,4 +1,4 @@
-"""Pictures of a study's judged images for its report: where t-SNE puts their features, and the worst mistakes as thumbnails.
+"""Pictures for a study's report: where t-SNE puts its judged images, the worst mistakes as thumbnails, curves of fine-tunings.
 
 Shapes: N judged images, E feature width, K classes, M runs.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from medssl.artifacts import folder
@@ -17,6 +18,7 @@ from medssl.datasets.read import Decoding, decode_row, stored_images
 from medssl.judging import models_of
 from medssl.metrics import UNKNOWN
 from medssl.stages.report_data import EmbeddingMap, Mistake
+from medssl.stages.report_tuning import tuning_frame
 
 if TYPE_CHECKING:
     from medssl.comparing import Runs
@@ -30,6 +32,18 @@ FEWEST_POINTS = 10
 """Fewer images make no map."""
 _COMPONENTS, _PERPLEXITY = 50, 30.0
 _MISTAKES, _THUMBNAIL_PX = 8, 96
+
+
+def tunings(study: Study) -> dict[tuple[str, str], pd.DataFrame]:
+    """Curves of the fine-tunings by arm and protocol, see :func:`report_tuning.tuning_frame`."""
+    histories: dict[tuple[str, str], list[Any]] = {}
+    watched = {p.name: p.training.watched for p in study.recipe.protocols if p.kind == "fine_tune"}
+    for cell in study.specs.cells():
+        if cell.protocol.name in watched:
+            markers = study.markers(list((study.evaluations(cell) or {}).values()))
+            runs = [marker.facts["training"]["history"] for marker in markers if "training" in marker.facts]
+            histories.setdefault((cell.arm.name, cell.protocol.name), []).extend(runs)
+    return {key: tuning_frame(runs, watched[key[1]]) for key, runs in histories.items()}
 
 
 def embedding_maps(study: Study) -> dict[str, EmbeddingMap]:

@@ -28,7 +28,7 @@ from medssl.guards import look_alikes, look_warnings
 from medssl.judging import judge
 from medssl.metrics import SCORES, UNKNOWN
 from medssl.outside import Outside
-from medssl.pictures import confident_mistakes, embedding_maps
+from medssl.pictures import confident_mistakes, embedding_maps, tunings
 from medssl.recipe import Arm, Recipe
 from medssl.recipe_file import dump
 from medssl.shifting import shifted_notes, shifted_table, transfers
@@ -308,6 +308,7 @@ def _report_data(
         search_metric=recipe.protocols[0].search.metric,
         histories=curves,
         monitors=monitors(study.store, encoders),
+        tunings=tunings(study),
         range_tests=range_tests(study.store, encoders),
         confusions=_confusions(study, runs | away),
         published=published_tables(recipe),

@@ -19,6 +19,7 @@ from medssl.stages import report_words
 from medssl.stages.report import render
 from medssl.stages.report_data import DatasetFacts, ReportData
 from medssl.stages.report_facts import bag_counts, dataset_facts, monitors, range_tests
+from medssl.stages.report_tuning import tuning_frame
 from medssl.stages.specs import Spec
 from medssl.store import Store, open_store
 from medssl.training import loop
@@ -261,3 +262,21 @@ def test_what_pretrainings_left_is_read_and_what_they_did_not_is_no_error(tmp_pa
     pd.testing.assert_frame_equal(curves_of["micle"], expected)
     assert range_tests(store, encoders) == {("micle", 0): found_rate(), ("micle", 2): found_rate()}
     assert monitors(store, encoders[1:2]) == {} and range_tests(store, encoders[3:]) == {}
+
+
+def test_fine_tunings_are_means_over_the_runs_that_got_so_far() -> None:
+    """Paper 003's figures 1 and 2: training and validation loss, validation accuracy, an arm a colour."""
+    first = [{"epoch": 1.0, "loss": 2.0, "learning_rate": 0.1}]
+    first += [{"epoch": e, "loss": 1 / e, "validation": 0.1 * e, "validation_loss": 3 / e} for e in (2.0, 3.0)]
+    frame = tuning_frame([first, [line | {"loss": 4.0} for line in first[:2]]], "accuracy")
+    assert frame["epoch"].tolist() == [1, 2, 3] and frame["training loss"].tolist() == pytest.approx([3, 2.25, 1 / 3])
+    assert frame["validation loss"].tolist()[1:] == pytest.approx([1.5, 1.0]) and np.isnan(frame["validation loss"][0])
+    assert frame["validation accuracy"].tolist()[1:] == pytest.approx([0.2, 0.3])
+    assert list(tuning_frame([first], "loss").columns) == ["epoch", "training loss", "validation loss"]
+    run = {"protocol": "tune", "pretraining_seed": 0, "label_draw": 0, "head_seed": 0, "metric": "accuracy", "value": 0.5}
+    scores = pd.DataFrame([{"arm": "a", **run}, {"arm": "b", **run}])
+    data = ReportData("s", scores=scores, tunings={("a", "tune"): frame, ("b", "tune"): frame, ("c", "probe"): frame[:0]})
+    html = render(data)["report.html"].decode()
+    for title in ("training loss", "validation loss", "validation accuracy"):
+        assert html.count(f'aria-label="{title} over epochs"') == 1
+    assert "tune: fine-tuning, epoch by epoch" in html and "probe: fine-tuning" not in html

@@ -135,6 +135,7 @@ def test_training_stops_early_and_keeps_the_best_epoch(images: ResidentImages) -
     fields["early_stopping"] = {"patience": 2}
     found = tuned(images, 0.02, validation=True, **fields)
     scores = [line["validation"] for line in found.history[1:]]
+    assert [line["validation_loss"] for line in found.history[1:]] == scores, "the loss is what was watched"
     assert len(scores) < 30 and found.best_epoch == 2 + int(np.argmin(scores)) and len(scores) == int(np.argmin(scores)) + 3
     rates = [line["learning_rate"] for line in found.history[1:]]
     risen = next(n for n in range(1, len(scores)) if scores[n] >= min(scores[:n]))

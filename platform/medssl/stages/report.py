@@ -36,6 +36,7 @@ from medssl.stages.report_page import (
 from medssl.stages.report_published import published
 from medssl.stages.report_shifted import shifted_sets
 from medssl.stages.report_text import metric_title
+from medssl.stages.report_tuning import tuning_curves
 
 __all__ = ["VERSION", "ReportData", "format_result_table", "render", "result_json"]
 
@@ -73,7 +74,7 @@ def compose(data: ReportData) -> Page:
         ("embedding", "What the features look like", lambda d: [pictures.embedding_maps(d)]),
         ("mistakes", "The most confident mistakes", lambda d: [pictures.confident_mistakes(d)]),
         ("published", "What the paper prints", published),
-        ("training", "Pretraining", _training),
+        ("training", "Training", _training),
         ("search", "Search", _search),
         ("views", "Augmented views", lambda d: [grids.view_sheets(d)]),
         ("data", "Data", _data),
@@ -133,7 +134,7 @@ def _classes(data: ReportData) -> list[Block | None]:
 
 
 def _training(data: ReportData) -> list[Block | None]:
-    return [figures.training_curves(data), figures.range_tests(data), tables.feeding_table(data)]
+    return [figures.training_curves(data), figures.range_tests(data), *tuning_curves(data), tables.feeding_table(data)]
 
 
 def _search(data: ReportData) -> list[Block | None]:

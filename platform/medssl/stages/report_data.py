@@ -257,6 +257,8 @@ class ReportData:
     monitors: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     """What was measured now and then in a pretraining, by arm of `histories`. Columns: seed, epoch (epochs done), then those of
     MONITOR_CURVES in report_figures and any others."""
+    tunings: Mapping[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
+    """Fine-tunings by (arm, protocol), means over the runs. Columns: epoch, and what `report_tuning` draws."""
     range_tests: Mapping[tuple[str, int], RangeTest] = field(default_factory=dict)
     """Range tests of the learning-rate finder by (arm, pretraining seed)."""
     confusions: Mapping[tuple[str, str], Confusion] = field(default_factory=dict)

@@ -203,7 +203,7 @@ def training_curves(data: ReportData) -> Figure | None:
     present = list(dict.fromkeys(str(c) for h in histories.values() for c in h.columns))
     extra = [c for c in present if c not in CURVES and c not in _NOT_CURVES and _is_numeric(histories, c)]
     seeds = _history_seeds(histories)
-    drawn = [_curve_panel(histories, seeds, c, CURVES.get(c, title_of(c))) for c in [*CURVES, *extra] if c in present]
+    drawn = [curve_panel(histories, seeds, c, CURVES.get(c, title_of(c))) for c in [*CURVES, *extra] if c in present]
     panels = [panel for panel in [*_monitor_panels(data, list(histories), seeds), *drawn] if panel]
     if not panels:
         return None
@@ -227,7 +227,7 @@ def _monitor_panels(data: ReportData, arms: Sequence[str], seeds: Sequence[str])
     present = list(dict.fromkeys(str(c) for m in monitors.values() for c in m.columns))
     extra = [c for c in present if c not in MONITOR_CURVES and c not in _NOT_CURVES and _is_numeric(monitors, c)]
     wanted = [c for c in [*MONITOR_CURVES, *extra] if c in present]
-    return [_curve_panel(monitors, seeds, c, MONITOR_CURVES.get(c, title_of(c)), "epoch") for c in wanted]
+    return [curve_panel(monitors, seeds, c, MONITOR_CURVES.get(c, title_of(c)), "epoch") for c in wanted]
 
 
 def _seed_keys(seeds: Sequence[str]) -> list[Key]:
@@ -245,7 +245,7 @@ def _is_numeric(histories: Mapping[str, pd.DataFrame], column: str) -> bool:
     return all(pd.api.types.is_numeric_dtype(h[column]) for h in histories.values() if column in h)
 
 
-def _curve_panel(
+def curve_panel(
     histories: Mapping[str, pd.DataFrame], seeds: Sequence[str], column: str, title: str, over: str = "step"
 ) -> Markup | None:
     """A column over steps or epochs; a row without a value (most measures are taken at some steps only) is passed over."""

@@ -138,7 +138,8 @@ class FineTuned:
     findings: bool = False
     """Whether the outputs are findings, not classes."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """Per epoch: epoch (from 1, the head's own first), loss, learning_rate at its end, and `validation` where it was watched."""
+    """Per epoch: epoch (from 1, the head's own first), loss, learning_rate at its end, and where it was watched `validation` and
+    `validation_loss`."""
     finder: RangeTest | None = None
     """The range test, where one picked the learning rate."""
     best_epoch: int | None = None
@@ -303,7 +304,8 @@ class _Training:
                 )
             line = {"epoch": float(epoch), "loss": mean, "learning_rate": rate}
             if watching:
-                line["validation"] = score = self._validate()
+                score, line["validation_loss"] = self._validate()
+                line["validation"] = score
                 if plateau:
                     plateau.epoch(score)
                 if stopping and stopping.epoch(score):
@@ -334,13 +336,14 @@ class _Training:
         # Over the number of images, not over their weights as torch does: a batch of rare classes is to count more.
         return self.labelled.losses(logits_BK.float(), positions_B, self.params.label_smoothing).mean()
 
-    def _validate(self) -> float:
-        """The watched score on the validation images, each taken as `predict` takes it."""
+    def _validate(self) -> tuple[float, float]:
+        """The watched score and the loss on the validation images, each taken as `predict` takes it."""
         assert self.judged is not None
         found_NK = self.tuned.predict(self.judged.images, self.judged.rows)
+        loss = self.judged.judged_loss(torch.from_numpy(found_NK))
         if self.params.watched == "loss":
-            return self.judged.judged_loss(torch.from_numpy(found_NK))
-        return SCORES[self.params.watched](found_NK.astype(np.float64), self.judged.labels_N.cpu().numpy(), None)
+            return loss, loss
+        return SCORES[self.params.watched](found_NK.astype(np.float64), self.judged.labels_N.cpu().numpy(), None), loss
 
     def _find(self, trained: nn.Module, optimiser_params: OptimiserParams) -> RangeTest:
         """The range test, after which the network is as it was."""
