@@ -48,7 +48,7 @@ def _figure(data: ReportData, protocol: str) -> Figure | None:
     keys = [Key(arm, svg.swatch(svg.colour(i), line=True)) for i, arm in enumerate(found)]
     caption = (
         f"{title_of(protocol)}: fine-tuning, epoch by epoch (the head's own first), mean over the runs that got so far. The "
-        "training loss is of augmented images and may be weighted and smoothed as the recipe says, the validation loss is neither: "
+        "training loss is of augmented images, weighted and smoothed as the recipe says, the validation loss is neither: "
         "their heights do not compare, their courses do."
     )
     return Figure(caption, panels, keys)
