@@ -115,4 +115,5 @@ def test_planned_and_reported_through_the_command_line(tmp_path: Path, capsys: p
             values = scores.loc[mine, "value"]
             assert f"{values.mean():.3f} ± {values.std():.3f}" in text
     html = store.read("studies/pair/report.html").decode()
+    assert "On one, two." in html and "No result yet" not in html
     assert "Table 2. Two datasets." in text and html.count("<svg") >= 2 and "One: balanced accuracy" in html

@@ -10,7 +10,7 @@ from medssl.artifacts import STUDIES
 from medssl.events import OnEvent
 from medssl.recipe_file import Family, load_all
 from medssl.results import StudyResult
-from medssl.stages.report import ReportData, render
+from medssl.stages.report import ReportData, render_together
 from medssl.stages.report_facts import versions
 from medssl.store import Store, open_for_writing
 from medssl.study import PlanLine, Study, plan, report, run
@@ -71,16 +71,13 @@ def _show_together(family: Family, results: Mapping[str, StudyResult], store: St
     if family.together is None:
         return
     place = store.sub(f"{STUDIES}/{family.name}")
-    studies = "; ".join(f"{name}: {result.report_uri}" for name, result in results.items())
     data = ReportData(
         family.name,
-        description=next(iter(family.recipes.values())).description,
+        description=family.description,
         tables=family.together.tables,
         figures=family.together.figures,
         by_dataset={name: result.scores for name, result in results.items()},
-        notes=[f"A study on each of {len(results)} datasets, each with a report of its own: {studies}."],
         versions=versions(),
     )
-    for name, content in render(data).items():
-        if name.startswith("report."):
-            place.write(name, content)
+    for name, content in render_together(data, {name: result.report_uri for name, result in results.items()}).items():
+        place.write(name, content)

@@ -31,6 +31,8 @@ class Family:
     """By dataset's name; a single study under its own name."""
     together: Together | None = None
     """None for a single study."""
+    description: str = ""
+    """Of all together: `{dataset}` stands for all of them."""
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -79,7 +81,8 @@ def load_all(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
         check_together(shown, recipes)
     except ValueError as error:
         raise RecipeError(f"{origin}: {error}") from None
-    return Family(str(raw["study"]), recipes, shown)
+    description = str(raw.get("description") or "").replace("{dataset}", ", ".join(recipes))
+    return Family(str(raw["study"]), recipes, shown, description)
 
 
 def _validated(raw: Mapping[str, Any], origin: str) -> Recipe:

@@ -6,7 +6,7 @@ same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from medssl.stages import report_comparisons as comparisons
 from medssl.stages import report_embedding as pictures
@@ -38,7 +38,7 @@ from medssl.stages.report_shifted import shifted_sets
 from medssl.stages.report_text import metric_title
 from medssl.stages.report_tuning import tuning_curves
 
-__all__ = ["VERSION", "ReportData", "format_result_table", "render", "result_json"]
+__all__ = ["VERSION", "ReportData", "format_result_table", "render", "render_together", "result_json"]
 
 VERSION = 2
 """Raised when the same data give another report."""
@@ -87,6 +87,27 @@ def compose(data: ReportData) -> Page:
             sections.append(Section(anchor, title, blocks))
     footer = " · ".join(f"{name} {version}" for name, version in data.versions.items())
     return Page(f"Study {data.study}", data.description, sections, footer)
+
+
+def render_together(data: ReportData, studies: Mapping[str, str]) -> dict[str, bytes]:
+    """The page of a recipe with several datasets: its tables and figures, and where the report of each one's study is.
+
+    Args:
+        data: scores of each study in `by_dataset`, with the tables and figures that name them.
+        studies: URI of the study's report by dataset.
+    """
+    rows = [[name, uri, f"{data.by_dataset[name]['arm'].nunique()}"] for name, uri in studies.items()]
+    columns = [Column("dataset"), Column("report"), Column("arms", "", True)]
+    reports = Table("A study on each dataset, with a report of its own.", columns, rows)
+    said = Text("A research result; not for decisions about patients. Intervals and tests are in the reports of the studies.")
+    parts: list[tuple[str, str, list[Block | None]]] = [
+        ("forms", "In the paper's form", forms(data)),
+        ("studies", "The studies", [reports, said]),
+        ("run", "How it was run", _run(data)),
+    ]
+    sections = [Section(anchor, title, [b for b in blocks if b is not None]) for anchor, title, blocks in parts]
+    page = Page(f"Study {data.study}", data.description, [section for section in sections if section.blocks])
+    return {"report.html": to_html(page).encode(), "report.md": to_markdown(page).encode()}
 
 
 def _result(data: ReportData) -> list[Block | None]:
