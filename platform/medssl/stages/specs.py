@@ -117,6 +117,11 @@ class Specs:
         """The encoder of one pretraining seed; None for colour features."""
         if arm.features == "colour":
             return None
+        if (arm, seed) not in self._encoders:  # asked for by each of an arm's cells, and by every arm that starts from it
+            self._encoders[arm, seed] = self._encoder(arm, seed)
+        return self._encoders[arm, seed]
+
+    def _encoder(self, arm: Arm, seed: int) -> Spec:
         parts = self.mix(arm)
         digests = [(part.times, self._image_digest(part.index.loc[part.rows])) for part in parts]
         config: dict[str, Any] = {"images": self._decoding()}
@@ -326,6 +331,10 @@ class Specs:
     def _task(self) -> dict[str, str]:
         """Tells findings from classes of the same names; nothing for classes, whose artifacts keep their names."""
         return {"task": "findings"} if self.findings else {}
+
+    @cached_property
+    def _encoders(self) -> dict[tuple[Arm, int], Spec]:
+        return {}
 
     @cached_property
     def _digests(self) -> dict[tuple[bytes, bool], str]:
