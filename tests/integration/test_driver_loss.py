@@ -115,10 +115,11 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
     )
     wait(lambda: any(step >= 4 for step in marked_steps(store)), "a checkpoint")
     ours = family(driver.pid) + training_workers(head)
-    assert any("RayTrainWorker" in " ".join(p.cmdline()) for p in alive(ours))
+    trainers = [p for p in alive(ours) if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert trainers
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+    wait(lambda: not alive(trainers), f"the end of the training workers, still there: {alive(trainers)}", 120)
 
     before = {e.key: store.read(e.key) for e in store.list("markers/")}
     assert any("initialise-" in key for key in before) and not any("pretrain-" in key for key in before)
@@ -128,6 +129,8 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
     assert losses(store) == losses(calm)
     assert not training_workers(head or os.getpid())
     assert finished(store) == finished(calm)
+    # Ray's agents take a minute to go: the run again went on meanwhile
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
 
 
 def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(tmp_path: Path) -> None:
