@@ -161,32 +161,36 @@ def _store_uri(given: str | None) -> str:
 def _run(arguments: argparse.Namespace) -> int:
     from medssl.console import Console
     from medssl.family import run_all
+    from medssl.recipe_file import load_all
 
+    family = load_all(arguments.recipe, arguments.set)  # once: it may be edited while the study runs
     with Console() as console:
         results = run_all(
-            arguments.recipe,
+            family,
             _store_uri(arguments.store),
             overrides=arguments.set,
             on_event=console,
             address=arguments.address,
         )
-    return _print_results(arguments, results)
+    return _print_results(arguments, family, results)
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from medssl.console import Console
     from medssl.family import report_all
+    from medssl.recipe_file import load_all
 
+    family = load_all(arguments.recipe, arguments.set)
     with Console() as console:
-        results = report_all(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set, on_event=console)
-    return _print_results(arguments, results)
+        results = report_all(family, _store_uri(arguments.store), overrides=arguments.set, on_event=console)
+    return _print_results(arguments, family, results)
 
 
-def _print_results(arguments: argparse.Namespace, results: dict[str, Any]) -> int:
+def _print_results(arguments: argparse.Namespace, family: Any, results: dict[str, Any]) -> int:
     """One study as it is; of several each under its dataset's name, and where the page of all is."""
     from medssl.family import page_uri
 
-    page = page_uri(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set)
+    page = page_uri(family, _store_uri(arguments.store))
     if page is None:
         return _print_result(next(iter(results.values())), arguments.json)
     if arguments.json:
@@ -213,11 +217,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from medssl.family import plan_all
+    from medssl.recipe_file import load_all
 
     if arguments.price is not None and not arguments.hardware:
         raise RecipeError("--price is what a device of --hardware costs: give both")
-    plans = plan_all(arguments.recipe, _store_uri(arguments.store), overrides=arguments.set)
-    costs = _costs(arguments, plans) if arguments.hardware else {}
+    family = load_all(arguments.recipe, arguments.set)
+    plans = plan_all(family, _store_uri(arguments.store))
+    costs = _costs(arguments, family, plans) if arguments.hardware else {}
     if arguments.json:
         found = {name: [asdict(line) for line in lines] for name, lines in plans.items()}
         for name, each in costs.items():
@@ -233,12 +239,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _costs(arguments: argparse.Namespace, plans: dict[str, Any]) -> dict[str, Any]:
+def _costs(arguments: argparse.Namespace, family: Any, plans: dict[str, Any]) -> dict[str, Any]:
     from medssl.costs import cost, hardware
-    from medssl.recipe_file import load_all
 
-    on, recipes = hardware(arguments.hardware), load_all(arguments.recipe, arguments.set).recipes.values()
-    return {recipe.study: cost(recipe, plans[recipe.study], on, arguments.price) for recipe in recipes}
+    on = hardware(arguments.hardware)
+    return {recipe.study: cost(recipe, plans[recipe.study], on, arguments.price) for recipe in family.recipes.values()}
 
 
 def _print_plan(lines: Sequence[Any]) -> None:

@@ -15,7 +15,8 @@ from medssl.stages.report_facts import versions
 from medssl.store import Store, open_for_writing
 from medssl.study import PlanLine, Study, plan, report, run
 
-Given = str | Path | Mapping[str, Any]
+Given = Family | str | Path | Mapping[str, Any]
+"""A recipe, read already or not."""
 
 
 def run_all(
@@ -27,10 +28,11 @@ def run_all(
     address: str | None = None,
 ) -> dict[str, StudyResult]:
     """Runs what a recipe stands for, one study after the other (see `study.run`); results by dataset's name, or by the study's.
+    `overrides` of a recipe that is read already are named in its reports and not applied again.
 
     Of several the page of all together is at `studies/NAME/report.html` in the store.
     """
-    family, opened = load_all(recipe, overrides), _opened(store)
+    family, opened = _loaded(recipe, overrides), _opened(store)
     if family.together is not None:
         for each in family.recipes.values():
             Study(each, opened)  # what the last one lacks is said before hours of the first
@@ -45,7 +47,7 @@ def report_all(
     recipe: Given, store: Store | str, *, overrides: Sequence[str] = (), on_event: OnEvent | None = None
 ) -> dict[str, StudyResult]:
     """Makes the reports of finished studies again (see `study.report`)."""
-    family, opened = load_all(recipe, overrides), _opened(store)
+    family, opened = _loaded(recipe, overrides), _opened(store)
     results = {name: report(each, opened, on_event=on_event, told=overrides) for name, each in family.recipes.items()}
     _show_together(family, results, opened)
     return results
@@ -53,14 +55,17 @@ def report_all(
 
 def plan_all(recipe: Given, store: Store | str, *, overrides: Sequence[str] = ()) -> dict[str, list[PlanLine]]:
     """The stages of each study (see `study.plan`)."""
-    family, opened = load_all(recipe, overrides), _opened(store)
+    family, opened = _loaded(recipe, overrides), _opened(store)
     return {each.study: plan(each, opened) for each in family.recipes.values()}
 
 
-def page_uri(recipe: Given, store: Store | str, *, overrides: Sequence[str] = ()) -> str | None:
+def page_uri(family: Family, store: Store | str) -> str | None:
     """Where the page of several datasets is; None for a single study."""
-    family = load_all(recipe, overrides)
     return None if family.together is None else _opened(store).sub(f"{STUDIES}/{family.name}").uri_of("report.html")
+
+
+def _loaded(recipe: Given, overrides: Sequence[str]) -> Family:
+    return recipe if isinstance(recipe, Family) else load_all(recipe, overrides)
 
 
 def _opened(store: Store | str) -> Store:

@@ -79,6 +79,7 @@ def read_facts(data: bytes) -> DicomFacts:
         tags = [*KEPT, *_GROUPING]
         dataset = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=tags)
         values = {name: str(dataset.get(name) or "").strip() for name in tags}
+        frames = int(values["NumberOfFrames"] or 1)
     except Exception as error:  # pydicom raises many kinds for broken files
         raise DataError(f"is no readable DICOM file ({type(error).__name__})") from None
     if not values["Rows"]:
@@ -89,7 +90,7 @@ def read_facts(data: bytes) -> DicomFacts:
     further["age"] = _age(values["PatientAge"])
     return DicomFacts(
         hashlib.sha256(values["SOPInstanceUID"].encode()).hexdigest()[:20], values["PatientID"] or None,
-        values["StudyInstanceUID"] or None, int(values["NumberOfFrames"] or 1),
+        values["StudyInstanceUID"] or None, frames,
         values["PatientIdentityRemoved"].upper() == "YES", further,
     )  # fmt: skip
 
