@@ -11,6 +11,8 @@ from tests import finished_study
 from medssl.errors import RecipeError
 from medssl.recipe import Recipe
 from medssl.recipe_file import load
+from medssl.stages.model_card import data_facts
+from medssl.stages.report_facts import arm_facts
 
 TWINS = {"objective": {"name": "barlow_twins", "projector": [8, 8]}, "epochs": 1, "batch_size": 8}
 
@@ -83,3 +85,14 @@ def test_an_encoder_at_another_size_has_the_seeds_of_the_one_it_is(tmp_path: Pat
         spec, start = specs.encoder(arm, seed), specs.encoder(parent, seed)
         assert spec is not None and start is not None
         assert spec.stage == "initialise" and spec.inputs["initial_weights"] == start.name
+
+
+def test_reports_and_cards_say_which_classes_were_shown(tmp_path: Path) -> None:
+    study = finished_study.make(tmp_path, {"arms": [{"name": "random"}]})
+    made = recipe(TWINS | {"name": "first", "mix": [{"classes": ["a"], "splits": ["train", "val"]}]})
+    (arm,) = made.arms
+    assert "1 x the dataset (train, val; a alone)" in arm_facts(made, arm).description
+    (facts,) = data_facts(study.store, made, arm, None)
+    index = study.specs.index
+    shown = int((index["split"].isin(["train", "val"]) & (index["label"] == "a")).sum())
+    assert facts.role.startswith(f"{shown} images of split train, val; a alone, of {len(index)} in all")

@@ -59,6 +59,11 @@ class MixPart(Params):
     times: int = Field(1, ge=1)
     """How often an epoch shows each of these images: over-sampling of a small part beside a large one."""
 
+    @property
+    def described(self) -> str:
+        """Splits and classes in words."""
+        return ", ".join(self.splits) + (f"; {', '.join(self.classes)} alone" if self.classes else "")
+
 
 class Arm(Params):
     """One way to features: initial weights, and the pretraining that follows (none without an objective)."""

@@ -151,6 +151,10 @@ def test_what_is_kept_of_the_tags() -> None:
 
 
 def test_what_is_refused() -> None:
+    whole, tag = dicom(np.stack([RAMP] * 3)), b"\x28\x00\x08\x00IS\x02\x00"  # NumberOfFrames, two bytes of text
+    assert whole.count(tag + b"3 ") == 1
+    with pytest.raises(DataError, match="no readable DICOM"):
+        read_facts(whole.replace(tag + b"3 ", tag + b"x "))
     for data, words in [
         (b"\0" * 128 + b"DICM" + b"junk" * 9, "no readable DICOM"),
         (dicom(RAMP, BurnedInAnnotation="YES"), "text is burnt into its pixels"),

@@ -179,6 +179,11 @@ def test_a_partial_folder(name: str, missing: str, words: str, tmp_path: Path) -
         ("kermany", "chest_xray/train/NORMAL/x.jpeg", "does not name its patient"),
         ("chexpert", "CheXpert-v1.0-small/train/patient00009/study1/view1_frontal.jpg", "1 images are in no row"),
         ("nih14", "images_001/images/00000009_000.png", "1 images are in no row"),
+        ("isic2018", "holiday/beach.jpg", "1 images are in no folder of the challenge"),
+        ("isic2017", "holiday/beach.jpg", "1 images are in no folder of the challenge"),
+        ("isic2017", "ISIC-2017_Training_Data/ISIC_9999999.jpg", "1 images are in no row"),
+        ("covid-cxr", "images/beach.jpg", "1 images are in no row of metadata.csv"),
+        ("patchcamelyon", "beach.jpg", "are images of something else"),
         ("busi", "Dataset_BUSI_with_GT/benign/cat.png", "is not named as an image of BUSI"),
         ("brain-mri", "Training/other/x.jpg", "is in no folder of a class"),
         ("eurosat", "2750/Town/Town_1.jpg", "is in no folder of a class"),
@@ -189,6 +194,28 @@ def test_a_mixed_folder(name: str, stranger: str, words: str, tmp_path: Path) ->
     miniatures.draw(root / stranger)
     with pytest.raises(DataError, match=words):
         read_layout(str(root), name)
+
+
+def test_other_forms_that_people_download(tmp_path: Path) -> None:
+    """Brain MRI as yes and no with its copy of itself, oral histopathology in given splits, ISIC with masks, Kermany renamed."""
+    for name in ("yes/Y1.jpg", "yes/Y2.jpg", "no/N1.jpg", "brain_tumor_dataset/yes/Y1.jpg", "brain_tumor_dataset/no/N1.jpg"):
+        miniatures.draw(tmp_path / "mri" / name)
+    assert counts(rows("brain-mri", tmp_path / "mri")["label"]) == {"tumor": 2, "notumor": 1}
+    for part in ("train", "val", "test"):
+        for label in ("Normal", "OSCC"):
+            miniatures.draw(tmp_path / "oral" / part / label / f"{part}_{label}.png")
+    tissue = rows("oral", tmp_path / "oral")
+    assert counts(tissue["split"]) == {"train": 2, "val": 2, "test": 2} and counts(tissue["label"]) == {"normal": 3, "oscc": 3}
+    skin = made("isic2017", tmp_path / "skin")
+    miniatures.draw(skin / "ISIC-2017_Training_Part1_GroundTruth" / "ISIC_0000000_segmentation.png")
+    assert len(rows("isic2017", skin)) == 10
+    names = ("BACTERIA-1008087-0001", "VIRUS-30539-0002")
+    for name in names:
+        miniatures.draw(tmp_path / "chest" / "PNEUMONIA" / f"{name}.jpeg")
+    miniatures.draw(tmp_path / "chest" / "NORMAL" / "NORMAL-28501-0001.jpeg")
+    chest = rows("kermany", tmp_path / "chest")
+    assert chest.loc[list(names), "cause"].tolist() == ["bacteria", "virus"]
+    assert chest.loc[[names[0], "NORMAL-28501-0001"], "patient_id"].tolist() == ["BACTERIA-1008087", "NORMAL-28501"]
 
 
 def test_tables_that_say_something_else(tmp_path: Path) -> None:

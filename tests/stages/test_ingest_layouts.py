@@ -81,3 +81,19 @@ def test_a_wrong_folder_is_one_line_and_leaves_what_was_there(
     assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
     with pytest.raises(DataError, match=r"there is no layout 'ham1000': .*ham10000"):
         ingest(str(tmp_path / "ham"), str(target), IngestOptions(layout="ham1000"))
+
+
+def test_findings_of_a_layout_stratify_its_splits(ray_session: Any, tmp_path: Path) -> None:
+    """Without --findings too: images without a class would all go to train."""
+    rows = []
+    for patient in range(1, 31):
+        path = f"CheXpert-v1.0-small/train/patient{patient:05d}/study1/view1_frontal.jpg"
+        miniatures.draw(tmp_path / "c" / path)
+        rows.append([path, "Female", 68, "Frontal", "AP", *["1.0" if patient % 2 else "0.0"], *[""] * 13])
+    path = "CheXpert-v1.0-small/valid/patient64541/study1/view1_frontal.jpg"
+    miniatures.draw(tmp_path / "c" / path)
+    for name, table in (("train", rows), ("valid", [[path, *rows[0][1:]]])):
+        miniatures.table(tmp_path / "c" / "CheXpert-v1.0-small" / f"{name}.csv", miniatures.CHEXPERT, table)
+    ingest(str(tmp_path / "c"), str(tmp_path / "out"), IngestOptions(layout="chexpert"))
+    index = open_dataset(str(tmp_path / "out")).index().set_index("patient_id")
+    assert set(index["split"]) == {"train", "val", "test"} and index.loc["patient64541", "split"] == "test"

@@ -28,7 +28,7 @@ from medssl.datasets.card import CARD, Provenance, build_card
 from medssl.datasets.dataset import read_card
 from medssl.datasets.folder import read_folder
 from medssl.datasets.held_out import HeldOut
-from medssl.datasets.layouts import read_layout
+from medssl.datasets.layouts import findings_of_layout, read_layout
 from medssl.datasets.leakage import Leakage
 from medssl.datasets.pseudonyms import pseudonym, pseudonymise
 from medssl.datasets.rowset import sorted_by_id
@@ -170,6 +170,8 @@ def ingest(
         raise DataError(f"reject limit is {options.reject_limit:g}: give a share between 0 and 1")
     if options.shard_rows < 1:
         raise DataError(f"shard_rows is {options.shard_rows}: give 1 or more")
+    if options.layout is not None and not options.findings:
+        options = replace(options, findings=findings_of_layout(options.layout))
     rows, leakage, shares = complete_splits(_read_source(str(source), options), options)
     held_out = held_out_facts(rows, options.held_out)
     replaced: list[str] = []

@@ -100,18 +100,24 @@ def _dataset_facts(store: Store, name: str, part: MixPart | None) -> DataFacts:
     """One data set; `part` is what of it the encoder was made from."""
     role = "the encoder was judged on it, not made from it"
     if part is not None:
-        role = f"images of split {', '.join(part.splits)}"
+        role = f"images of split {part.described}"
     try:
         dataset = open_dataset(dataset_uri(name, store))
     except MedsslError:
         return DataFacts(name, role, "", "its card was not found when this card was written", part is not None)
     card = dataset.card
     if part is not None:
-        used = sum(card["splits"].get(split, 0) for split in part.splits)
+        counts = card["splits"] if part.classes is None else _of_classes(card, part.classes)
+        used = sum(counts.get(split, 0) for split in part.splits)
         often = f", each {part.times} times an epoch" if part.times > 1 else ""
         role = f"{used:,} {role}, of {len(dataset):,} in all{often}"
     note = "drawn by a program" if card.get("synthetic") else f"images {dataset.images_digest[:16]}"
     return DataFacts(dataset.name, role, card.get("licence") or "", note, part is not None)
+
+
+def _of_classes(card: Mapping[str, Any], classes: Sequence[str]) -> dict[str, int]:
+    """Images of some classes by split."""
+    return {split: sum(counts.get(name, 0) for name in classes) for split, counts in card["counts"].items()}
 
 
 def render_card(facts: CardFacts) -> str:

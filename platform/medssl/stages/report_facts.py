@@ -63,7 +63,7 @@ def outside_facts(outside: Outside) -> ArmFacts:
 def _mix(arm: Arm) -> str:
     """In words, what an arm's pretraining is shown, where that is not the study's own images."""
     parts = [
-        f"{part.times} x {part.dataset.rpartition('/')[2] if part.dataset else 'the dataset'} ({', '.join(part.splits)})"
+        f"{part.times} x {part.dataset.rpartition('/')[2] if part.dataset else 'the dataset'} ({part.described})"
         for part in arm.mix
     ]
     return f" on {' + '.join(parts)}" if parts else ""

@@ -54,8 +54,6 @@ def _of_two(mine: NDArray[np.floating], theirs: NDArray[np.floating], row: FormR
     if column.value == "difference" or min(len(mine), len(theirs)) < 2:
         return NONE
     p = welch(mine, theirs, one_sided=row.alternative == "greater").p
-    if not math.isfinite(p):  # runs that do not scatter
-        return NONE
     return f"{p:.5f}" if p >= 1e-4 else f"{p:.1e}"
 
 

@@ -55,6 +55,11 @@ LAYOUTS: dict[str, Layout] = {
 """Layouts by the name that `medssl ingest --layout` takes."""
 
 
+def findings_of_layout(name: str) -> tuple[str, ...]:
+    """Columns of a layout that are findings; none of one that there is not, which reading it refuses."""
+    return LAYOUTS[name].findings if name in LAYOUTS else ()
+
+
 def read_layout(source: str, name: str, *, seed: int = 0, pseudonyms: bool = False) -> pa.Table:
     """Rows (see `rowset.build_rows`) of a public dataset's unpacked folder, or of the same below an `s3://` prefix.
 

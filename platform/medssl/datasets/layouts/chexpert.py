@@ -35,4 +35,4 @@ def _read(tree: Tree) -> list[Record]:
     return records
 
 
-LAYOUT = Layout("CheXpert", "train.csv, valid.csv and train/patient00001/study1/view1_frontal.jpg and so on", _read)
+LAYOUT = Layout("CheXpert", "train.csv, valid.csv and train/patient00001/study1/view1_frontal.jpg and so on", _read, FINDINGS)

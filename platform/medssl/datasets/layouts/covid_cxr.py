@@ -12,6 +12,10 @@ from medssl.datasets.layouts.tree import Layout, Record, Tree, number
 def _read(tree: Tree) -> list[Record]:
     columns = ("patientid", "sex", "age", "finding", "view", "modality", "folder", "filename")
     frame = tree.table(tree.find("metadata.csv"), columns)
+    named = set(frame["filename"])
+    strangers = [path for path in tree.images if path.rpartition("/")[2] not in named]
+    if strangers:
+        tree.refuse(f"{len(strangers):,} images are in no row of metadata.csv (the first: {strangers[0]})")
     frame = frame[(frame["modality"] == "X-ray") & (frame["folder"] == "images")]
     if frame.empty:
         tree.refuse("metadata.csv names no X-rays in images")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from medssl.datasets.layouts.challenge import challenge_parts
 from medssl.datasets.layouts.tree import Layout, Record, Tree, number
 
 _PARTS = {"Training": "train", "Validation": "val", "Test_v2": "test"}
@@ -15,17 +16,15 @@ _LABELS: dict[tuple[float | None, float | None], str] = {
 
 
 def _read(tree: Tree) -> list[Record]:
-    parts = [part for part in _PARTS if any(f"ISIC-2017_{part}_Data/" in path for path in tree.files)]
-    if "Training" not in parts:
-        tree.refuse("there is no ISIC-2017_Training_Data")
+    parts = challenge_parts(tree, "ISIC-2017_{}_Data", _PARTS)
     records = []
-    for part in parts:
+    for part, shown in parts.items():
         truth = f"ISIC-2017_{part}_Part3_GroundTruth.csv"
         frame = tree.table(tree.find(truth), ("image_id", "melanoma", "seborrheic_keratosis"))
         metadata = tree.find_optional(f"ISIC-2017_{part}_Data_metadata.csv")
         known = tree.table(metadata, ("image_id", "age_approximate", "sex")) if metadata else None
         facts = {} if known is None else known.set_index("image_id").to_dict("index")
-        images = [p for p in tree.images if f"ISIC-2017_{part}_Data/" in p and not p.endswith("_superpixels.png")]
+        images = [path for path in shown if not path.endswith("_superpixels.png")]
         for path, row in zip(tree.matched(list(frame["image_id"]), truth, images), frame.to_dict("records"), strict=True):
             label = _LABELS.get((number(row["melanoma"]), number(row["seborrheic_keratosis"])))
             if label is None:

@@ -6,7 +6,7 @@ ids of the training images in `ISIC2018_Task3_Training_LesionGroupings.csv` (col
 
 from __future__ import annotations
 
-from medssl.datasets.layouts.onehot import one_hot_labels
+from medssl.datasets.layouts.challenge import challenge_parts, one_hot_labels
 from medssl.datasets.layouts.tree import Layout, Record, Tree
 
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
@@ -17,14 +17,11 @@ def _read(tree: Tree) -> list[Record]:
     groupings = tree.table(tree.find("ISIC2018_Task3_Training_LesionGroupings.csv"), ("image", "lesion_id"))
     lesions = dict(zip(groupings["image"], groupings["lesion_id"], strict=True))
     confirmed = dict(zip(groupings["image"], groupings.get("diagnosis_confirm_type", groupings["image"]), strict=True))
-    parts = [part for part in _SPLITS if any(f"ISIC2018_Task3_{part}_Input/" in path for path in tree.files)]
-    if "Training" not in parts:
-        tree.refuse("there is no ISIC2018_Task3_Training_Input")
+    parts = challenge_parts(tree, "ISIC2018_Task3_{}_Input", _SPLITS)
     records = []
-    for part in parts:
+    for part, images in parts.items():
         truth = f"ISIC2018_Task3_{part}_GroundTruth.csv"
         frame = tree.table(tree.find(truth), ("image", *CLASSES))
-        images = [path for path in tree.images if f"ISIC2018_Task3_{part}_Input/" in path]
         paths = tree.matched(list(frame["image"]), truth, images)
         labels = one_hot_labels(tree, frame, CLASSES, truth)
         for path, name, label in zip(paths, frame["image"], labels, strict=True):

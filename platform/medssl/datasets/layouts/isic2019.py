@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from medssl.datasets.layouts.onehot import one_hot_labels
+from medssl.datasets.layouts.challenge import one_hot_labels
 from medssl.datasets.layouts.tree import Layout, Record, Tree, number
 
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")

@@ -41,4 +41,5 @@ LAYOUT = Layout(
     "NIH ChestX-ray14",
     "Data_Entry_2017.csv, test_list.txt, train_val_list.txt and the images, as in images_001/images/00000001_000.png",
     _read,
+    FINDINGS,
 )

@@ -17,6 +17,8 @@ _PARTS = {"train": "train", "valid": "val", "test": "test"}
 def _read(tree: Tree) -> list[Record]:
     if tree.remote:
         tree.refuse("HDF5 files are read from a local folder")
+    if tree.images:
+        tree.refuse(f"{tree.images[0]} and {len(tree.images) - 1} more are images of something else")
     h5py = need("h5py", "HDF5 files", "medssl[h5]")
     records = []
     for part, split in _PARTS.items():

@@ -49,6 +49,8 @@ class Layout:
     """What has to be there, in a line."""
     read: Callable[[Tree], list[Record]]
     """The images; refuses through the tree."""
+    findings: tuple[str, ...] = ()
+    """Columns that are findings: missing splits are stratified by them, unless the user names others."""
 
 
 class Tree:
