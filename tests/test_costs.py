@@ -13,10 +13,10 @@ from tests import finished_study
 from torch import nn
 
 from medssl import cli
+from medssl.arms import Arm
 from medssl.costs import ACHIEVED, PEAK_TFLOPS, cost, forward_flops, hardware, measured_flops, passes
 from medssl.errors import RecipeError
 from medssl.networks.encoder import EncoderParams, build_encoder
-from medssl.recipe import Arm
 from medssl.recipe_file import load
 from medssl.study import PlanLine
 

@@ -16,7 +16,7 @@ LEVELS = {
     0: "errors events params given retry store s3 s3_client s3_errors filesystem leases artifacts images metadata views"
     " collectives optim metrics calibration influence subgroups statistics telemetry networks probes datasets",
     1: "objectives checkpoint training",
-    2: "protocols shifted outside label_curves published report_params comparison compute matrix recipe recipe_file mixes"
+    2: "protocols shifted outside label_curves published report_params comparison compute matrix arms recipe recipe_file mixes"
     " lineage forms streams rows bag_rows",
     3: "stages",
     4: "claims costs comparing judging shifting guards checks pictures results runner study family quickstart starter submit",

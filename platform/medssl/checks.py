@@ -16,7 +16,8 @@ from medssl.objectives import SupervisedParams
 from medssl.stages.specs import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
-    from medssl.recipe import Arm, Recipe
+    from medssl.arms import Arm
+    from medssl.recipe import Recipe
     from medssl.study import Study
 
 

@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from medssl.arms import Arm
 from medssl.errors import RecipeError, nearest
 from medssl.networks.encoder import EncoderParams
-from medssl.recipe import Arm, Recipe
+from medssl.recipe import Recipe
 from medssl.study import PlanLine
 
 PEAK_TFLOPS: Mapping[str, float] = {

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from medssl.errors import nearest
 
 if TYPE_CHECKING:
-    from medssl.recipe import Arm, Recipe
+    from medssl.arms import Arm
+    from medssl.recipe import Recipe
 
 ARM = "arm:"
 """Before the name of the arm in `initial_weights`."""

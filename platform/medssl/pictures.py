@@ -21,9 +21,9 @@ from medssl.stages.report_data import EmbeddingMap, Mistake
 from medssl.stages.report_tuning import tuning_frame
 
 if TYPE_CHECKING:
+    from medssl.arms import Arm
     from medssl.comparing import Runs
     from medssl.protocols import Probe
-    from medssl.recipe import Arm
     from medssl.study import Study
 
 MAP_POINTS = 1000

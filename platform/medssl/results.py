@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from medssl.arms import Arm
 from medssl.artifacts import STUDIES, artifact_name, digest_json, folder, publish
 from medssl.claims import Planned, evaluated, fix_claims
 from medssl.comparing import Found, Runs, compare
@@ -29,7 +30,7 @@ from medssl.judging import judge
 from medssl.metrics import SCORES, UNKNOWN
 from medssl.outside import Outside
 from medssl.pictures import confident_mistakes, embedding_maps, tunings
-from medssl.recipe import Arm, Recipe
+from medssl.recipe import Recipe
 from medssl.recipe_file import dump
 from medssl.shifting import shifted_notes, shifted_table, transfers
 from medssl.stages.report import format_result_table, render, result_json

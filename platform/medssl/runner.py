@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from medssl.arms import Arm
 from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
 from medssl.claims import evaluated, fix_claims
 from medssl.datasets.dataset import Dataset
@@ -18,7 +19,6 @@ from medssl.events import Event, OnEvent
 from medssl.leases import Lease, Owner, lease
 from medssl.mixes import Source
 from medssl.protocols import Protocol
-from medssl.recipe import Arm
 from medssl.results import StudyResult, build_report, load_result, make_current
 from medssl.shifted import ShiftedSet
 from medssl.shifting import features, transfers

@@ -15,9 +15,9 @@ from medssl.shifted import ShiftedSet, judged_as
 from medssl.stages.report_data import COLUMNS
 
 if TYPE_CHECKING:
+    from medssl.arms import Arm
     from medssl.artifacts import Marker
     from medssl.comparing import Runs
-    from medssl.recipe import Arm
     from medssl.stages.specs import Cell, Spec
     from medssl.study import Study
 

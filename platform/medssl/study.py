@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from medssl.arms import Arm
 from medssl.artifacts import Marker, finished, read_marker, read_markers
 from medssl.checks import check_study, own_encoders
 from medssl.claims import Detectable, detectable
@@ -26,7 +27,7 @@ from medssl.leases import Lease, lease
 from medssl.mixes import Source
 from medssl.outside import Outside, OutsideParams, read_predictions
 from medssl.protocols import Probe, Protocol
-from medssl.recipe import Arm, Recipe
+from medssl.recipe import Recipe
 from medssl.recipe_file import load
 from medssl.results import StudyResult, report_name
 from medssl.shifted import ShiftedSet

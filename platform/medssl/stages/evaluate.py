@@ -22,13 +22,14 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from medssl.arms import Arm
 from medssl.artifacts import Marker, folder, publish, read_marker
 from medssl.calibration import fit_temperature
 from medssl.compute import Compute
 from medssl.errors import DataError
 from medssl.metrics import SCORES, UNKNOWN
 from medssl.protocols import FineTune, Probe, Protocol
-from medssl.recipe import Arm, Recipe
+from medssl.recipe import Recipe
 from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress
 from medssl.stages.search import OnEpoch, fan_out, search

@@ -13,11 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from medssl.arms import Arm
 from medssl.artifacts import digest_json, folder, read_marker
 from medssl.errors import DataError, RecipeError, StoreError
 from medssl.given import read_given
 from medssl.networks.encoder import EncoderParams
-from medssl.recipe import Arm, Recipe
+from medssl.recipe import Recipe
 from medssl.stages.specs import Spec, Specs
 from medssl.store import Store
 

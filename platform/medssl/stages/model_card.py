@@ -13,11 +13,12 @@ from typing import Any
 import pandas as pd
 
 from medssl import __version__
+from medssl.arms import Arm, MixPart
 from medssl.datasets.dataset import dataset_uri, open_dataset
 from medssl.errors import MedsslError
 from medssl.networks.encoder import EncoderParams
 from medssl.networks.weights import timm_arguments
-from medssl.recipe import Arm, MixPart, Recipe
+from medssl.recipe import Recipe
 from medssl.stages.report_data import BOOTSTRAP
 from medssl.store import Store
 

@@ -13,12 +13,13 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
+from medssl.arms import Arm
 from medssl.artifacts import Marker, folder
 from medssl.datasets.dataset import Dataset
 from medssl.errors import MissingKey
 from medssl.outside import Outside
 from medssl.protocols import Protocol
-from medssl.recipe import Arm, Recipe
+from medssl.recipe import Recipe
 from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts, PublishedFacts
 from medssl.stages.specs import TEST, VALIDATION, Spec, Specs
 from medssl.statistics import recompute_published

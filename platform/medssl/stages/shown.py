@@ -14,7 +14,7 @@ from medssl.objectives import ObjectiveParams, SupervisedParams
 from medssl.training.plan import PretrainPlan
 
 if TYPE_CHECKING:
-    from medssl.recipe import MixPart
+    from medssl.arms import MixPart
 
 
 @dataclass(frozen=True, eq=False)

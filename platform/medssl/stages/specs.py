@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medssl.arms import Arm
 from medssl.artifacts import Marker, artifact_name, digest_json
 from medssl.datasets.draws import finding_draw, label_draw
 from medssl.datasets.findings import finding_labels
 from medssl.metrics import UNKNOWN
 from medssl.mixes import seen_elsewhere
 from medssl.protocols import Probe, Protocol
-from medssl.recipe import Arm, Recipe
+from medssl.recipe import Recipe
 from medssl.shifted import ShiftedSet, shifted_set
 from medssl.stages.shown import ShownPart, candidates, with_classes
 from medssl.training.plan import PretrainPlan
