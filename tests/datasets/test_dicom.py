@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,13 @@ def test_identities_have_to_be_removed_or_replaced(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"do not say that the patient's identity was removed .*--pseudonymise"):
         read_layout(root, "dicom")
     assert len(read_layout(root, "dicom", pseudonyms=True)) == 6
+
+
+def test_without_pydicom_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydicom", None)  # what an import finds where it is not installed
+    with pytest.raises(DataError) as refused:
+        read_layout(str(folder(tmp_path)), "dicom")
+    assert str(refused.value) == "DICOM files need the package pydicom: pip install 'medssl[dicom]'"
 
 
 def test_folders_that_are_not_dicom_alone(tmp_path: Path) -> None:

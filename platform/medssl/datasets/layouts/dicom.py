@@ -11,13 +11,14 @@ from pathlib import Path
 
 from medssl.datasets.dicom import is_dicom, read_facts
 from medssl.datasets.layouts.tree import Layout, Record, Tree
-from medssl.datasets.members import member_uri
+from medssl.datasets.members import member_uri, need
 from medssl.errors import DataError
 
 
 def _read(tree: Tree) -> list[Record]:
     if tree.images:
         tree.refuse(f"{tree.images[0]} and {len(tree.images) - 1} more are no DICOM files: ingest them by themselves")
+    need("pydicom", "DICOM files", "medssl[dicom]")  # said before any file is called damaged
     records = []
     removed: list[bool] = []
     for path in tree.files:
