@@ -144,7 +144,11 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
     mixed = fields["arms"][0]
     taught = {"objective": {"name": "supervised"}, "mix": [{"dataset": "datasets/more"}]}
     fields["arms"] = [mixed | {"mix": [{}, {"dataset": "datasets/more", "times": 2}]}]
-    if feeding == "resident":
+    train = int((datasets(place)[0].index()["split"] == "train").sum())
+    steps = (train + 2 * 60) // 24 + 2
+    if feeding == "streaming":  # a duration that ends within the second epoch
+        fields["arms"][0] = {name: value for name, value in fields["arms"][0].items() if name != "epochs"} | {"steps": steps}
+    else:
         fields["arms"] += [
             mixed | {"name": "chain", "initial_weights": "arm:taught", "epochs": 1},  # before the arm that it starts from
             mixed | {"name": "taught", "epochs": 1} | taught,
@@ -157,11 +161,12 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
         lines = json.loads(tiny.medssl("plan", path, "--store", store, "--json", *overrides).stdout)
         return int(next(line["images"] for line in lines if line["label"] == "pretrain barlow_twins seed 0"))
 
-    train = int((datasets(place)[0].index()["split"] == "train").sum())
-    assert cost() == 2 * (train + 2 * 60)
+    shown = {"resident": 2 * (train + 2 * 60), "streaming": 24 * steps}[feeding]
+    assert cost() == shown
     done = tiny.medssl("run", path, "--store", store, "--json")
     assert "2 images of" in done.stderr and "are validation or test images of the study and are left out" in done.stderr
-    assert cost() == 0 and cost("--set", "arms.0.mix.1.times=1") == 2 * (train + 60)
+    fewer = {"resident": 2 * (train + 60), "streaming": shown}[feeding]
+    assert cost() == 0 and cost("--set", "arms.0.mix.1.times=1") == fewer
     report = place / "store" / "studies" / f"mix-{feeding}" / "report.md"
     assert "on 1 x the dataset (train) + 2 x more (train)" in report.read_text()
     assert "2 images of datasets/more are validation or test images of this study too" in report.read_text()
