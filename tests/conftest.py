@@ -10,10 +10,12 @@ import os
 import sys
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS / "integration"))
@@ -26,6 +28,22 @@ if TYPE_CHECKING:
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Files that use Ray go to one worker, so that there is one Ray; every other file is handed out by itself."""
+
+    @cache
+    def group(path: str) -> str:
+        uses_ray = path.startswith("tests/integration/") or "ray_session" in (config.rootpath / path).read_text()
+        return "ray" if uses_ray else path
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid.partition("::")[0])
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ SOURCE = ROOT / "platform"
 PACKAGE = SOURCE / "medssl"
 
 LEVELS = {
-    0: "errors events params given retry store s3 s3_client s3_errors filesystem leases artifacts images metadata views"
+    0: "errors stopping events params given retry store s3 s3_client s3_errors filesystem leases artifacts images metadata views"
     " collectives optim metrics calibration influence subgroups statistics telemetry networks probes datasets",
     1: "objectives checkpoint training",
     2: "protocols shifted outside label_curves published report_params comparison compute matrix arms recipe recipe_file mixes"

@@ -155,6 +155,8 @@ class StreamBagFeed:
     an epoch may be taken up at any step.
     """
 
+    starts_within_epoch = True
+
     def __init__(
         self, packed_uri: str, bags: Bags, batch_size: int, seed: int, process: Process, decoding: Decoding
     ) -> None:

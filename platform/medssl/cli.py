@@ -12,6 +12,7 @@ from typing import Any
 
 from medssl import __version__
 from medssl.errors import MedsslError, RecipeError
+from medssl.stopping import StopAtOnce
 
 _STORE_HELP = "store of the study: s3://bucket/prefix, file:///folder or a path (default: $MEDSSL_STORE, else ./medssl-store)"
 
@@ -29,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MedsslError as error:
         print(f"medssl: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("medssl: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        stopped = isinstance(error, StopAtOnce)
+        print(f"medssl: {'stopped' if stopped else 'interrupted'}; run the same command again to go on", file=sys.stderr)
+        return 143 if stopped else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -138,6 +138,8 @@ class StreamFeed:
     unlike the resident feed a run cannot be repeated batch for batch, and starts in the middle of no epoch.
     """
 
+    starts_within_epoch = False
+
     def __init__(
         self,
         stream: ray.data.DataIterator,

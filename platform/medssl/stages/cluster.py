@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 
 from medssl.errors import MedsslError
+from medssl.stopping import sigterm_handled
 
 # Logical CPUs beyond the workers': Ray Data hangs without a message when a training holds every CPU of the cluster.
 SPARE_CPUS = 2
@@ -38,7 +39,8 @@ def connected(*, cpus: int, address: str | None = None) -> Iterator[None]:
                 f"the Ray cluster has {total} CPUs and the run needs {cpus} for its workers and {SPARE_CPUS} for reading: "
                 "add nodes, start Ray with a larger --num-cpus, or lower compute.workers"
             )
-        yield
+        with sigterm_handled() if ours else nullcontext():
+            yield
     finally:
         if ours:
             ray.shutdown()

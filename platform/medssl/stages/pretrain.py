@@ -33,6 +33,7 @@ from medssl.stages.cluster import require_gpus
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import Spec
+from medssl.stopping import Stopped, orderly_stop
 from medssl.store import Store, open_store
 from medssl.streams import StreamFeed, stream_sources, user_error
 from medssl.training.monitor import KnnMonitor, Watched
@@ -104,7 +105,7 @@ def run_pretrain(
     require_gpus(compute.workers if compute.gpus_per_worker else 0)
     output = folder(store, spec.name)
     output.delete(_FAILURE_NOTE)
-    with board(on_progress) as handle:
+    with orderly_stop() as wanted, board(on_progress, wanted) as handle:
         uri = initial_weights.uri if initial_weights else None
         seen = asdict(watched) if watched else None
         where = dict(watched_images) if watched_images else None
@@ -120,6 +121,8 @@ def run_pretrain(
         outcome = _fit(store, spec.name, job, datasets, compute, handle)
     if outcome["status"] == "failed":
         raise MedsslError(f"{spec.label} failed: {outcome['error']}")
+    if outcome["status"] == "stopped":
+        raise Stopped(f"{spec.label} stopped after step {outcome['step']:,}, {_kept(outcome['last_checkpoint_step'])}")
     if outcome["status"] == "non_finite":
         raise NonFiniteLoss(_explain_non_finite(spec, plan, outcome))
     if before_publish is not None:
@@ -134,13 +137,15 @@ def run_pretrain(
 
 
 def _explain_non_finite(spec: Spec, plan: PretrainPlan, outcome: dict[str, Any]) -> str:
-    last = outcome["last_checkpoint_step"]
-    kept = f"the last checkpoint is of step {last}" if last is not None else "there is no checkpoint before it"
     return (
         f"{spec.label}: the loss is not finite at step {outcome['step']} (learning rate {outcome['learning_rate']:.3g}); "
-        f"{kept}. Lower optimiser.learning_rate (peak {plan.optimiser.learning_rate:g}), lengthen the warm-up or set "
-        "gradient_clip"
+        f"{_kept(outcome['last_checkpoint_step'])}. Lower optimiser.learning_rate (peak {plan.optimiser.learning_rate:g}), "
+        "lengthen the warm-up or set gradient_clip"
     )
+
+
+def _kept(last: int | None) -> str:
+    return f"the last checkpoint is of step {last:,}" if last is not None else "there is no checkpoint before it"
 
 
 def _fit(store: Store, name: str, job: Job, datasets: dict[str, Any], compute: Compute, handle: Any) -> dict[str, Any]:
@@ -224,15 +229,22 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
     if process.rank == 0 and job.watched is not None and job.watched_images is not None:
         monitor = KnnMonitor(open_resident(**job.watched_images), plan.encoder, Watched(**job.watched), process.device)
 
-    def post(progress: Any) -> None:
-        if process.rank == 0:
-            note = f"{progress.note}, {monitor.note}" if monitor and monitor.note else progress.note
-            handle.post.remote("pretrain", Report(progress.images, progress.total_images, note))
+    answer: Any = None
+
+    def post(progress: Any) -> bool:
+        """Reports; whether the answer to the last report was to stop. Nothing waits for an answer that is under way."""
+        nonlocal answer
+        if process.rank != 0:
+            return False
+        wanted = answer is not None and bool(ray.wait([answer], timeout=0)[0]) and ray.get(answer)
+        note = f"{progress.note}, {monitor.note}" if monitor and monitor.note else progress.note
+        answer = handle.post.remote("pretrain", Report(progress.images, progress.total_images, note))
+        return bool(wanted)
 
     result = pretrain(
         plan, feed, process, output,
         checkpoint_every_epochs=compute.checkpoint_every_epochs,
-        checkpoint_every_steps=None if isinstance(feed, StreamFeed) else compute.checkpoint_every_steps,
+        checkpoint_every_steps=compute.checkpoint_every_steps if feed.starts_within_epoch else None,
         keep_checkpoints=compute.keep_checkpoints,
         on_progress=post,
         initial_encoder=_read_weights(job.initial_weights),

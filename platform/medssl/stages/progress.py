@@ -32,10 +32,16 @@ class Board:
 
     def __init__(self) -> None:
         self._reports: dict[str, Report] = {}
+        self._stop = False
 
-    def post(self, name: str, report: Report) -> None:
-        """Replaces the report of `name`."""
+    def post(self, name: str, report: Report) -> bool:
+        """Replaces the report of `name`; whether the work is wanted to stop."""
         self._reports[name] = report
+        return self._stop
+
+    def stop(self) -> None:
+        """Tells whoever reports from now on to stop."""
+        self._stop = True
 
     def read(self) -> dict[str, Report]:
         """All reports."""
@@ -43,25 +49,30 @@ class Board:
 
 
 @contextmanager
-def board(on_progress: OnProgress | None, poll_seconds: float = 0.5) -> Iterator[Any]:
-    """A board whose summed reports are handed to `on_progress` from a thread of this process; yields its actor handle."""
+def board(
+    on_progress: OnProgress | None, stop_wanted: threading.Event | None = None, poll_seconds: float = 0.5
+) -> Iterator[Any]:
+    """A board whose summed reports are handed to `on_progress` from a thread of this process; yields its actor handle. Once
+    `stop_wanted` is set, workers are told so in answer to their reports."""
     handle = Board.remote()  # type: ignore[attr-defined]
-    stop = threading.Event()
+    over = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(poll_seconds):
+        told = False
+        while not over.wait(poll_seconds):
+            if stop_wanted is not None and stop_wanted.is_set() and not told:
+                handle.stop.remote()
+                told = True
             _draw(handle, on_progress)
 
     thread = threading.Thread(target=watch, name="medssl-progress", daemon=True)
-    if on_progress is not None:
-        thread.start()
+    thread.start()
     try:
         yield handle
     finally:
-        stop.set()
-        if on_progress is not None:
-            thread.join(timeout=5)
-            _draw(handle, on_progress)
+        over.set()
+        thread.join(timeout=5)
+        _draw(handle, on_progress)
         ray.kill(handle)
 
 

@@ -202,6 +202,8 @@ def _row_of_bags(bags: Bags, steps: int, batch_size: int, random: np.random.Gene
 class ResidentBagFeed:
     """Batches of pairs from resident images; the :class:`medssl.training.feed.Feed` for bags."""
 
+    starts_within_epoch = True
+
     def __init__(self, images: Images, bags: Bags, batch_size: int, seed: int, process: Process) -> None:
         """`batch_size` counts bags over all ranks.
 

@@ -46,6 +46,8 @@ class Feed(Protocol):
     """Steps in one epoch; the last, incomplete global batch is dropped."""
     batch_size: int
     """Images in one step over all ranks."""
+    starts_within_epoch: bool
+    """Whether `batches` takes a `start_step` other than 0."""
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from its `start_step` on.
@@ -171,6 +173,8 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 class ResidentFeed:
     """Batches from resident images: a fresh permutation of the rows in every epoch, from (seed, epoch)."""
+
+    starts_within_epoch = True
 
     def __init__(
         self, images: Images, rows: Sequence[int] | np.ndarray, batch_size: int, seed: int, process: Process

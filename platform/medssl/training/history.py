@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -127,3 +128,18 @@ def to_tensorboard(history: pa.Table) -> bytes:
         writer.close()
         (file,) = Path(folder).iterdir()
         return file.read_bytes()
+
+
+def summarise(history: pa.Table, batch_size: int) -> dict[str, Any]:
+    """Small results of a training from its history: last epoch's mean loss, rates, last collapse measures."""
+    rows = [row for row in history.to_pylist() if row["rank"] == 0]
+    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    return {
+        "steps": rows[-1]["step"],
+        "images": rows[-1]["step"] * batch_size,
+        "loss": statistics.fmean(row["loss"] for row in last),
+        "images_per_second": statistics.harmonic_mean([row["images_per_second"] for row in rows]),
+        "data_wait_share": statistics.fmean(row["data_wait_share"] for row in rows),
+        "embedding_std": last[-1]["embedding_std"],
+        **{name: last[-1][name] for name in ("effective_rank", "alignment", "uniformity")},
+    }

@@ -11,13 +11,11 @@ import hashlib
 import itertools
 import json
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +25,7 @@ from medssl.errors import RecipeError
 from medssl.networks.encoder import save_weights
 from medssl.store import Store
 from medssl.training.feed import Batch, Feed
-from medssl.training.history import History, read_history, to_parquet, to_tensorboard
+from medssl.training.history import History, read_history, summarise, to_parquet, to_tensorboard
 from medssl.training.plan import PretrainPlan
 from medssl.training.step import Stepper, collapse_measures
 from medssl.views import view_sheet
@@ -78,7 +76,7 @@ class Progress:
 class PretrainResult:
     """How a pretraining ended; the same on every rank, but for `files`, which rank 0 knows."""
 
-    status: Literal["finished", "non_finite"]
+    status: Literal["finished", "non_finite", "stopped"]
     step: int
     """Steps done; of a non-finite training the first bad step (counted from 1)."""
     epochs: int
@@ -106,7 +104,7 @@ class _Run:
     log_every_steps: int
     checkpoint_every_epochs: int
     checkpoint_every_steps: int | None
-    on_progress: Callable[[Progress], None] | None
+    on_progress: Callable[[Progress], bool | None] | None
     first_bad: Tensor
     """First step whose loss or gradient was not finite, on the device; 0 while there is none."""
     resumed_at_step: int = 0
@@ -117,6 +115,8 @@ class _Run:
     """The last step's features (B, E) of both views."""
     warned: bool = False
     """Whether the user has been told of a collapse."""
+    stop: bool = False
+    """Whether the training is to end before its last step; the same on every rank."""
     window_steps: int = 0
     window_started: float = 0.0
     waited: float = 0.0
@@ -138,7 +138,7 @@ def pretrain(
     checkpoint_every_steps: int | None = None,
     keep_checkpoints: int = 2,
     log_every_steps: int = 10,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], bool | None] | None = None,
     initial_encoder: bytes | None = None,
     sample_BHWC: Tensor | None = None,
     monitor: Monitor | None = None,
@@ -149,7 +149,8 @@ def pretrain(
 
     Checkpoints are written at the end of every `checkpoint_every_epochs` epochs and of the last and, where given, every
     `checkpoint_every_steps` steps (the feed must then be able to start within an epoch). `on_progress` is called on every
-    rank at every logged step. A loss or gradient that is not finite ends the training with that status on all ranks; it is
+    rank at every logged step; where one says True the training ends with status stopped, after a checkpoint where the feed can
+    start within an epoch. A loss or gradient that is not finite ends the training with that status on all ranks; it is
     no exception, and no checkpoint holds it. On `sample_BHWC`, stored uint8 images, the plan's surgery measures how far it
     moves features. `monitor` is called on rank 0 with the encoder in evaluation mode after every `monitor_every_epochs`
     epochs and the last; what it returns goes to `monitor/<epoch>.json`. `labels_N` are the labels by image number, for a
@@ -181,8 +182,10 @@ def pretrain(
             _log(run)
         if monitor is not None:
             _monitor(run, monitor, monitor_every_epochs)
-        if _checkpoint_due(run):
+        if _checkpoint_due(run) or (run.stop and feed.starts_within_epoch):
             _save_checkpoint(run)
+        if run.stop and run.done < run.stepper.total_steps:
+            return _stopped(run)
     return _finish(run)
 
 
@@ -272,8 +275,8 @@ def _log(run: _Run) -> None:
     row = run.history.settle(collapse_measures(*run.features), lambda: _window_rates(run))
     if run.process.is_main and not run.warned:
         run.warned = _warn_of_collapse(run.done, row)
-    if run.on_progress is not None:
-        run.on_progress(_progress(run, row))
+    wanted = run.on_progress is not None and bool(run.on_progress(_progress(run, row)))
+    run.stop = bool(agree_largest(int(wanted), run.process.device))
     _start_window(run)
 
 
@@ -353,6 +356,12 @@ def _non_finite(run: _Run, bad_step: int) -> PretrainResult:
     )
 
 
+def _stopped(run: _Run) -> PretrainResult:
+    rate, epochs = run.stepper.learning_rate(run.done - 1), run.done // run.feed.steps_per_epoch
+    barrier()  # no rank leaves before the checkpoint is whole
+    return PretrainResult("stopped", run.done, epochs, rate, run.last_checkpoint_step)
+
+
 def _finish(run: _Run) -> PretrainResult:
     rate = run.stepper.learning_rate(run.done - 1)
     files: dict[str, str] = {}
@@ -382,18 +391,3 @@ def _write_results(run: _Run) -> tuple[dict[str, str], dict[str, Any]]:
     if run.stepper.module.surgery is not None:
         facts["surgery"] = run.stepper.module.surgery
     return files, facts
-
-
-def summarise(history: pa.Table, batch_size: int) -> dict[str, Any]:
-    """Small results of a training from its history: last epoch's mean loss, rates, last collapse measures."""
-    rows = [row for row in history.to_pylist() if row["rank"] == 0]
-    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
-    return {
-        "steps": rows[-1]["step"],
-        "images": rows[-1]["step"] * batch_size,
-        "loss": statistics.fmean(row["loss"] for row in last),
-        "images_per_second": statistics.harmonic_mean([row["images_per_second"] for row in rows]),
-        "data_wait_share": statistics.fmean(row["data_wait_share"] for row in rows),
-        "embedding_std": last[-1]["embedding_std"],
-        **{name: last[-1][name] for name in ("effective_rank", "alignment", "uniformity")},
-    }
