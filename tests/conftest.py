@@ -18,7 +18,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS / "integration"))
+sys.path[:0] = [str(TESTS / "integration"), str(TESTS.parent / "cluster")]
 
 from ceph import PACKAGES, Ceph, missing_programs  # noqa: E402
 from fault_proxy import FaultProxy  # noqa: E402

@@ -19,8 +19,9 @@ LEVELS = {
     2: "protocols shifted outside label_curves published report_params comparison compute matrix arms recipe recipe_file mixes"
     " lineage forms streams rows bag_rows",
     3: "stages",
-    4: "claims costs comparing judging shifting guards checks pictures results runner study family quickstart starter submit",
-    5: "console cli __main__",
+    4: "claims costs comparing judging shifting guards checks pictures results runner study family quickstart starter"
+    " job_server submit",
+    5: "console cli cli_jobs __main__",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 RAY_HOMES = {"streams", "rows", "bag_rows", "stages", "study", "runner", "submit"}

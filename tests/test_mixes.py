@@ -92,7 +92,7 @@ def test_images_that_are_held_back_are_found_by_content() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the study's dataset and a second one that has two of its test images."""
     root = tmp_path_factory.mktemp("mixes")
     tiny.ingest(root / "drawn", str(root / "store" / "datasets" / "lesions"))
@@ -154,7 +154,7 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
             mixed | {"name": "taught", "epochs": 1} | taught,
             {"name": "larger", "initial_weights": "arm:chain", "encoder": fields["encoder"] | {"image_px": 40}},
         ]
-    fields["compute"] = {"workers": 2, "monitor_every_epochs": 1}
+    fields["compute"] = {"workers": 2, "monitor_every_epochs": 1, "concurrent_trials": 1}
     path, store = str(tiny.write(tmp_path / "study.yaml", fields)), str(place / "store")
 
     def cost(*overrides: str) -> int:

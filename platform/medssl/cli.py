@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl import __version__
+from medssl.cli_jobs import add_commands
 from medssl.errors import MedsslError, RecipeError
 from medssl.stopping import StopAtOnce
 
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--hardware", metavar="NAME", help="estimate hours: a100, 8xh100 ..., or here (measures this machine)")
     sub.add_argument("--price", type=float, help="what a device of that hardware costs in an hour")
     _add_study(command("report", _report, "make the report of a finished study again"))
+    add_commands(command, _add_study)
     sub = command("init", _init, "write a commented recipe for a dataset")
     sub.add_argument("dataset", help="URI of the dataset")
     sub.add_argument("--out", default="study.yaml", help="file to write (default: study.yaml)")
@@ -156,7 +158,8 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print the result for machines")
 
 
-def _store_uri(given: str | None) -> str:
+def store_uri(given: str | None) -> str:
+    """The store that a command works on."""
     return given or os.environ.get("MEDSSL_STORE") or "medssl-store"
 
 
@@ -169,7 +172,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with Console() as console:
         results = run_all(
             family,
-            _store_uri(arguments.store),
+            store_uri(arguments.store),
             overrides=arguments.set,
             on_event=console,
             address=arguments.address,
@@ -184,7 +187,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     family = load_all(arguments.recipe, arguments.set)
     with Console() as console:
-        results = report_all(family, _store_uri(arguments.store), overrides=arguments.set, on_event=console)
+        results = report_all(family, store_uri(arguments.store), overrides=arguments.set, on_event=console)
     return _print_results(arguments, family, results)
 
 
@@ -192,7 +195,7 @@ def _print_results(arguments: argparse.Namespace, family: Any, results: dict[str
     """One study as it is; of several each under its dataset's name, and where the page of all is."""
     from medssl.family import page_uri
 
-    page = page_uri(family, _store_uri(arguments.store))
+    page = page_uri(family, store_uri(arguments.store))
     if page is None:
         return _print_result(next(iter(results.values())), arguments.json)
     if arguments.json:
@@ -224,7 +227,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.price is not None and not arguments.hardware:
         raise RecipeError("--price is what a device of --hardware costs: give both")
     family = load_all(arguments.recipe, arguments.set)
-    plans = plan_all(family, _store_uri(arguments.store))
+    plans = plan_all(family, store_uri(arguments.store))
     costs = _costs(arguments, family, plans) if arguments.hardware else {}
     if arguments.json:
         found = {name: [asdict(line) for line in lines] for name, lines in plans.items()}
@@ -342,7 +345,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from medssl.stages.predict import predict
 
     written = predict(
-        arguments.arm, arguments.images, Path(arguments.out), store_uri=_store_uri(arguments.store), study=arguments.study,
+        arguments.arm, arguments.images, Path(arguments.out), store_uri=store_uri(arguments.store), study=arguments.study,
         protocol=arguments.protocol, pretraining_seed=arguments.pretraining_seed, label_draw=arguments.label_draw,
         head_seed=arguments.seed, calibrated=arguments.calibrated,
     )  # fmt: skip
@@ -354,7 +357,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from medssl.stages.export import export
 
     written = export(
-        arguments.arm, arguments.format, Path(arguments.out), store_uri=_store_uri(arguments.store), study=arguments.study,
+        arguments.arm, arguments.format, Path(arguments.out), store_uri=store_uri(arguments.store), study=arguments.study,
         pretraining_seed=arguments.seed,
     )  # fmt: skip
     print(json.dumps(written.to_json()) if arguments.json else written.to_text())

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from medssl.params import Params
 
+SPARE_CPUS = 2
+"""Logical CPUs beyond the workers': Ray Data hangs without a message when a training holds every CPU of the cluster."""
+
 
 class Compute(Params):
     """Where it runs; nothing here changes a result or a hash."""
@@ -30,3 +33,11 @@ class Compute(Params):
     """kNN accuracy on the validation split after every so many epochs of a pretraining, as a curve in the report; null none."""
     max_failures: int = Field(8, ge=0)
     """Lost workers or nodes that a pretraining survives."""
+    wait_for_nodes_minutes: float = Field(0, ge=0)
+    """How long a run waits for nodes that come on demand (an autoscaler's, a queue's); 0 refuses a cluster that is too small."""
+
+    def needed(self, *, pretrains: bool) -> dict[str, float]:
+        """What a cluster must have for a study at all: CPUs, those for reading among them, and GPUs."""
+        cpus = max(self.workers * self.cpus_per_worker, self.trial_cpus) + SPARE_CPUS
+        gpus = self.workers if self.gpus_per_worker and pretrains else self.gpus_per_worker
+        return {"CPU": float(cpus), "GPU": float(gpus)}

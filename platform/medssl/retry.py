@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from medssl import telemetry
 from medssl.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -73,13 +74,18 @@ def patiently(
     following = waits()
     warned = False
     while True:
+        telemetry.count("store_requests")
         try:
             result = attempt()
         except Exception as error:
             passed = time.monotonic() - started
             wait = following()
-            if not is_transient(error) or passed + wait > limit:
+            if not is_transient(error):
                 raise
+            if passed + wait > limit:
+                telemetry.count("store_errors")
+                raise
+            telemetry.count("store_retries")
             if passed > QUIET_SECONDS and not warned:
                 warned = True
                 log.warning("%s: no answer from the store (%s), trying for %.0f s", what, type(error).__name__, limit)

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from medssl import telemetry
 from medssl.arms import Arm
 from medssl.artifacts import Marker, artifact_name, digest_json, read_marker, read_markers
 from medssl.claims import evaluated, fix_claims
+from medssl.compute import SPARE_CPUS
 from medssl.datasets.dataset import Dataset
 from medssl.errors import StoreError
 from medssl.events import Event, OnEvent
@@ -22,7 +24,7 @@ from medssl.protocols import Protocol
 from medssl.results import StudyResult, build_report, load_result, make_current
 from medssl.shifted import ShiftedSet
 from medssl.shifting import features, transfers
-from medssl.stages.cluster import connected, require_gpus
+from medssl.stages.cluster import connected
 from medssl.stages.context import Context
 from medssl.stages.encode import EmbedTask, InitialiseTask, run_encoding
 from medssl.stages.evaluate import EvaluateTask, SearchTask, run_evaluations, run_search
@@ -86,7 +88,7 @@ class Runner:
             self._encode("initialise", tasks)
             for arm, seed, spec in mine:
                 if spec.stage == "pretrain":
-                    self._make(spec, partial(self._pretrain, arm, seed, spec, given))
+                    self._make(spec, partial(self._pretrain, arm, seed, spec, given), arm=arm.name)
 
     def _given_weights(self, encoders: Sequence[tuple[Arm, int, Spec]]) -> dict[str, GivenWeights]:
         """The weights that encoders start from, by artifact; says what of their files was loaded."""
@@ -124,6 +126,7 @@ class Runner:
             watched=watched,
             watched_images=self.context.resident if watched else None,
             labels=labels_shown(study.specs.plan(arm, seed).objective, study.specs.mix(arm)),
+            said_of={"study": recipe.study, "arm": arm.name},
         )  # fmt: skip
 
     def _sources(self, arm: Arm) -> list[Source]:
@@ -197,13 +200,14 @@ class Runner:
         runs, compute = shared_out(study.recipe.compute, [most for _, _, most in pending])
         if runs == 1:
             for spec, task, _ in pending:
-                self._make(spec, partial(run_search, task, compute))
+                self._make(spec, partial(run_search, task, compute), arm=task.arm, protocol=task.protocol)
             return
         together = SideBySide(study.emit, f"{len(pending)} searches, {runs} at once")
         with together.under_way(runs) as start:
             for spec, task, _ in pending:
                 search = partial(run_search, task, compute, halt=together.halt)
-                start(partial(self._make, spec, search, together.emit_of(spec.label)))
+                emit = together.emit_of(spec.label)
+                start(partial(self._make, spec, search, emit, arm=task.arm, protocol=task.protocol))
 
     def evaluations(self) -> None:
         """Evaluates what is missing, protocol by protocol; a probe's head seeds of one cell train together."""
@@ -271,15 +275,18 @@ class Runner:
 
     # -- common ------------------------------------------------------------------------------------------------
 
-    def _make(self, spec: Spec, build: Callable[[OnProgress], Marker], emit: OnEvent | None = None) -> None:
-        """Makes one artifact under its lease, unless another study has made it meanwhile."""
+    def _make(
+        self, spec: Spec, build: Callable[[OnProgress], Marker], emit: OnEvent | None = None, **said_of: str
+    ) -> None:
+        """Makes one artifact under its lease, unless another study has made it meanwhile; `said_of` labels its telemetry."""
         study, emit = self.study, emit or self.study.emit
         with lease(study.store, spec.name, on_wait=self._waiting(spec.label, emit)) as held:
             marker = read_marker(study.store, spec.name)
             if marker is None:
                 emit(Event("begin", spec.label))
                 self._held.append(held)
-                marker = build(self._progress(spec.label, emit))
+                with telemetry.labelled(study=study.recipe.study, stage=spec.stage, **said_of):
+                    marker = build(self._progress(spec.label, emit))
                 self._held.remove(held)
                 emit(Event("end", spec.label))
             study.record(spec, marker)
@@ -296,7 +303,8 @@ class Runner:
         self._check_leases()
         with lease(study.store, name, on_wait=self._waiting(label)):
             study.emit(Event("begin", label))
-            work(self._progress(label))
+            with telemetry.labelled(study=study.recipe.study, stage=label, arm=""):
+                work(self._progress(label))
             study.emit(Event("end", label))
         markers = read_markers(study.store, [s.name for s in specs])
         for spec in specs:
@@ -317,11 +325,12 @@ class Runner:
     def _connect(self) -> None:
         if not self._is_connected:
             compute = self.study.recipe.compute
-            cpus = max(compute.workers * compute.cpus_per_worker, compute.trial_cpus)
-            self._stack.enter_context(connected(cpus=cpus, address=self._address))
-            trained = any(arm.objective is not None for arm in self.study.recipe.arms)
-            gpus = compute.gpus_per_worker
-            require_gpus(compute.workers if gpus and trained else gpus)
+            needed = compute.needed(pretrains=any(arm.objective is not None for arm in self.study.recipe.arms))
+            ray = connected(
+                cpus=int(needed["CPU"]) - SPARE_CPUS, gpus=needed["GPU"], address=self._address,
+                wait_minutes=compute.wait_for_nodes_minutes, tell=lambda line: self.study.emit(Event("message", line)),
+            )  # fmt: skip
+            self._stack.enter_context(ray)
             self._is_connected = True
 
     @cached_property

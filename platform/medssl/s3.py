@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from medssl import telemetry
 from medssl.errors import MissingKey, StoreError
 from medssl.retry import deadline_seconds, patiently
 from medssl.s3_client import client, environment_key, is_aws
@@ -66,6 +67,8 @@ class Bucket:
                 raise MissingKey(f"s3://{self.name}/{key} does not exist") from None
             if isinstance(error, StoreError) or not is_of_request(error):
                 raise
+            if not is_transient(error):  # a transient one that was given up has been counted
+                telemetry.count("store_errors")
             raise explain(error, self.name, key) from None
 
     def check(self, deadline: float | None = None) -> None:
@@ -111,6 +114,7 @@ class Bucket:
             answer = client().get_object(Bucket=self.name, Key=key)
             data = _whole(answer)
             _check_etag(answer, data, seen)
+            telemetry.count("store_read_bytes", len(data))
             return data
 
         return self._request("read", key, attempt)
@@ -119,6 +123,7 @@ class Bucket:
         """Writes the whole body; readers see the old one or the new one."""
         digest = _content_md5(data)
         self._request("write", key, lambda: client().put_object(Bucket=self.name, Key=key, Body=data, ContentMD5=digest))
+        telemetry.count("store_written_bytes", len(data))
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Writes the body if there is no such key; False if there is one, unless a lost answer of ours wrote it."""
@@ -140,6 +145,7 @@ class Bucket:
                     raise
                 # An earlier attempt may have been carried out though its answer never came.
                 return attempts > 1 and self._token(key) == token
+            telemetry.count("store_written_bytes", len(data))
             return True
 
         return self._request("create", key, attempt)

@@ -38,7 +38,7 @@ def images(shared_data: Path) -> Path:
 def store(s3_server: Any, images: Path) -> Store:
     """A store with the ingested images; a lesion is a bag."""
     made = open_store(f"s3://ham-{uuid.uuid4().hex[:8]}/lab", create=True)
-    tiny.medssl("ingest", str(images / "manifest.csv"), "--to", made.uri_of("datasets/ham10000"), "--bag-column", "patient_id",
+    tiny.process("ingest", str(images / "manifest.csv"), "--to", made.uri_of("datasets/ham10000"), "--bag-column", "patient_id",
                 "--licence", "CC BY-NC 4.0")  # fmt: skip
     return made
 
@@ -61,7 +61,7 @@ def stages(names: set[str]) -> Counter[str]:
 
 def test_the_laptop_study(store: Store, images: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    done = tiny.medssl("run", RECIPE, "--store", store.uri, "--json", timeout=3600)
+    done = tiny.process("run", RECIPE, "--store", store.uri, "--json", timeout=3600)
     minutes = (time.monotonic() - started) / 60
     result = json.loads(done.stdout)
     arms = {a["arm"]: a for a in result["arms"] if (a["protocol"], a["metric"]) == ("linear_probe", "balanced_accuracy")}
@@ -77,19 +77,19 @@ def test_the_laptop_study(store: Store, images: Path, tmp_path: Path) -> None:
 
     before = finished(store)
     started = time.monotonic()
-    again = tiny.medssl("run", RECIPE, "--store", store.uri)
+    again = tiny.process("run", RECIPE, "--store", store.uri)
     assert "nothing to do" in again.stderr and time.monotonic() - started < 30 and finished(store) == before
 
-    tiny.medssl("run", RECIPE, "--store", store.uri, "--set", "protocols.linear_probe.head_seeds=40", timeout=3600)
+    tiny.process("run", RECIPE, "--store", store.uri, "--set", "protocols.linear_probe.head_seeds=40", timeout=3600)
     assert stages(finished(store) - before) == {"evaluate": 5 * (9 + 9 + 3), "report": 1}
 
     table = pd.read_csv(images / "manifest.csv")
     row = table.index[(table["split"] == "test") & (table["label"] == "nv")][0]
     table.loc[row, "label"] = "mel"
     table.to_csv(tmp_path / "mended.csv", index=False)
-    tiny.medssl("ingest", str(tmp_path / "mended.csv"), "--root", str(images), "--to", store.uri_of("datasets/ham10000"),
+    tiny.process("ingest", str(tmp_path / "mended.csv"), "--root", str(images), "--to", store.uri_of("datasets/ham10000"),
                 "--bag-column", "patient_id", "--licence", "CC BY-NC 4.0")  # fmt: skip
-    lines = json.loads(tiny.medssl("plan", RECIPE, "--store", store.uri, "--json").stdout)
+    lines = json.loads(tiny.process("plan", RECIPE, "--store", store.uri, "--json").stdout)
     assert {line["state"] for line in lines if line["stage"] not in ("evaluate", "report")} == {"finished"}
     assert not [line for line in lines if line["stage"] == "evaluate" and line["state"] == "finished"]
 
@@ -118,7 +118,7 @@ def test_streaming_ten_copies_through_a_small_object_store(
     stem = table["image"].map(lambda path: Path(path).stem)
     copies = [table.assign(image_id=stem + f"-{n}") for n in range(COPIES)]
     pd.concat(copies).to_csv(tmp_path / "copies.csv", index=False)
-    tiny.medssl("ingest", str(tmp_path / "copies.csv"), "--root", str(images), "--to", store.uri_of("datasets/copies"),
+    tiny.process("ingest", str(tmp_path / "copies.csv"), "--root", str(images), "--to", store.uri_of("datasets/copies"),
                 "--image-id-column", "image_id", "--bag-column", "patient_id", timeout=1800)  # fmt: skip
 
     resident: list[tuple[float, int]] = []
@@ -140,7 +140,7 @@ def test_streaming_ten_copies_through_a_small_object_store(
     ]  # fmt: skip
     overrides = [part for field in cheap for part in ("--set", field)]
     try:
-        tiny.medssl("run", RECIPE, "--store", store.uri, "--address", small_cluster, *overrides, timeout=3600)
+        tiny.process("run", RECIPE, "--store", store.uri, "--address", small_cluster, *overrides, timeout=3600)
     finally:
         stop.set()
         watcher.join()
@@ -157,10 +157,10 @@ def test_a_written_recipe_runs_unchanged(s3_server: Any, shared_data: Path, tmp_
     store = open_store(f"s3://cxr-{uuid.uuid4().hex[:8]}/lab", create=True)
     uri, recipe = store.uri_of("datasets/cxr"), str(tmp_path / "study.yaml")
     images = shared_data / "cxr_covid"
-    tiny.medssl("ingest", str(images / "manifest.csv"), "--to", uri, "--patient-column", "patient_id",
+    tiny.process("ingest", str(images / "manifest.csv"), "--to", uri, "--patient-column", "patient_id",
                 "--licence", "CC BY-NC-SA 4.0")  # fmt: skip
-    tiny.medssl("init", uri, "--out", recipe)
-    done = tiny.medssl("run", recipe, "--store", store.uri, "--json", timeout=3600)
+    tiny.process("init", uri, "--out", recipe)
+    done = tiny.process("run", recipe, "--store", store.uri, "--json", timeout=3600)
     result = json.loads(done.stdout)
     scores = {(arm["arm"], arm["protocol"]): arm for arm in result["arms"] if arm["metric"] == "auc"}
     print([(name, arm["mean"], arm["std"], arm["n"]) for name, arm in scores.items()], rates(store))
@@ -171,6 +171,6 @@ def test_a_written_recipe_runs_unchanged(s3_server: Any, shared_data: Path, tmp_
     }
     assert len(result["comparisons"]) >= 6
     out = tmp_path / "predictions.csv"
-    tiny.medssl("predict", "barlow_twins", str(images / "images"), "--out", str(out), "--store", store.uri)
+    tiny.process("predict", "barlow_twins", str(images / "images"), "--out", str(out), "--store", store.uri)
     assert len(pd.read_csv(out)) == 370
-    assert "nothing to do" in tiny.medssl("run", recipe, "--store", store.uri).stderr
+    assert "nothing to do" in tiny.process("run", recipe, "--store", store.uri).stderr

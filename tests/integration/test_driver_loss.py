@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from medssl.artifacts import finished
+from medssl.artifacts import finished, read_marker
 from medssl.store import Store, open_store
 
 pytestmark = pytest.mark.ray
@@ -90,7 +91,7 @@ def losses(store: Store) -> list[tuple[int, int, float]]:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("driver")
     tiny.ingest(folder / "drawn", str(folder / "lesions"))
     fields = tiny.pretraining_only(dataset=str(folder / "lesions"))
@@ -99,7 +100,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def calm(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+def calm(ray_session: Any, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("calm")
     tiny.medssl("run", str(recipe), "--store", str(folder))
     return open_store(str(folder))
@@ -123,7 +124,7 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
 
     before = {e.key: store.read(e.key) for e in store.list("markers/")}
     assert any("initialise-" in key for key in before) and not any("pretrain-" in key for key in before)
-    again = tiny.medssl(*arguments)
+    again = tiny.process(*arguments)
     assert "pretrain" in again.stderr and "initialise" not in again.stderr
     assert {key: store.read(key) for key in before} == before
     assert losses(store) == losses(calm)
@@ -133,7 +134,32 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
     wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
 
 
-def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(tmp_path: Path) -> None:
+def test_sigterm_ends_a_pretraining_in_order(recipe: Path, tmp_path: Path) -> None:
+    """What a job's stop, a batch system and Kubernetes send: a checkpoint of the current step, then out with all workers."""
+    arguments = ["run", str(recipe), "--store", str(tmp_path / "store"), "--set", "arms.1.epochs=60"]
+    store = open_store(str(tmp_path / "store"), create=True)
+    with open(tmp_path / "log.txt", "w") as log:
+        driver = subprocess.Popen(tiny.command(*arguments), stdout=log, stderr=log, env=tiny.environment())
+    wait(lambda: bool(marked_steps(store)), "the first checkpoint")
+    trainers = training_workers(driver.pid)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(timeout=180) == 143
+    said = (tmp_path / "log.txt").read_text()
+    assert "Traceback" not in said
+    line = r"medssl: pretrain barlow_twins seed 0 stopped after step (\d+), the last checkpoint is of step (\d+); run the same"
+    found = re.search(line, said)
+    assert found, said
+    assert found.group(1) == found.group(2) and max(marked_steps(store)) == int(found.group(1))
+    wait(lambda: not alive(trainers), f"the end of the training workers: {alive(trainers)}", 120)
+    tiny.process(*arguments)
+    steps = [(rank, step) for rank, step, _ in losses(store)]
+    assert steps == [(rank, step) for rank in (0, 1) for step in range(1, len(steps) // 2 + 1)]
+    name = next(n for n in finished(store) if n.startswith("pretrain-"))
+    marker = read_marker(store, name)
+    assert marker is not None and marker.facts["resumed_at_step"] == int(found.group(1)) < len(steps) // 2
+
+
+def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_session: Any, tmp_path: Path) -> None:
     """Two searches of six fine-tunings are under way at once when the driver is lost."""
     store_uri = str(tmp_path / "store")
     tiny.ingest(tmp_path / "drawn", f"{store_uri}/datasets/lesions")
@@ -165,7 +191,7 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(tmp_path
     assert "2 searches, 2 at once" in (tmp_path / "first.txt").read_text()
     before = scored()
     assert len(before) < 12 and not [name for name in finished(store) if name.startswith("search-")]
-    again = tiny.medssl(*command[3:])
+    again = tiny.process(*command[3:])
     after = scored()
     assert len(after) == 12 and {key: after[key] for key in before} == before
     assert "2 searches, 2 at once" in again.stderr

@@ -53,12 +53,12 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "metrics": ["auc", "balanced_accuracy", "f1_macro", "average_precision", "expected_calibration_error"],
         "comparisons": [{"better": "barlow_twins", "than": "random", "protocol": "linear_probe", "metric": "auc"}],
         "report": {"decision_class": "first", "subgroups": ["sex"], "smallest_group": 5, "images": True},
-        "compute": {"workers": 1, "monitor_every_epochs": 1},
+        "compute": {"workers": 1, "monitor_every_epochs": 1, "concurrent_trials": 1},
     } | changes  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the study run once, and its tables."""
     place = tmp_path_factory.mktemp("findings")
     for name, images, seed, names in (("lesions", 150, 0, NAMES), ("away", 60, 7, ["ring", "common"])):

@@ -29,7 +29,7 @@ def wait(condition: Callable[[], bool], what: str, seconds: float = 180) -> None
 
 
 @pytest.fixture(scope="module")
-def lesions(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+def lesions(ray_session: Any, s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """URI of the dataset in the S3 server."""
     uri = f"s3://lesions-{uuid.uuid4().hex[:8]}/datasets/lesions"
     open_store(uri, create=True)
@@ -38,7 +38,7 @@ def lesions(s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def calm(lesions: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store]:
+def calm(ray_session: Any, lesions: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store]:
     """The recipe and an undisturbed run of it, in a bucket of its own."""
     fields = tiny.pretraining_only(dataset=lesions)
     fields["arms"] = [fields["arms"][0] | {"epochs": 8}]
@@ -99,8 +99,8 @@ def test_a_secret_is_found_nowhere(lesions: str, s3_server: Any, tmp_path: Path)
     store = open_store(f"s3://canary-{uuid.uuid4().hex[:8]}/store", create=True)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     before = {p.name for p in Path("/tmp/ray").glob("session_*")} if Path("/tmp/ray").is_dir() else set()
-    done = tiny.medssl("run", str(path), "--store", store.uri)
-    failed = tiny.medssl("run", str(path), "--store", "s3://no-such-bucket-at-all/x", check=False)
+    done = tiny.process("run", str(path), "--store", store.uri)
+    failed = tiny.process("run", str(path), "--store", "s3://no-such-bucket-at-all/x", check=False)
     assert failed.returncode == 2
     assert secret not in done.stdout + done.stderr + failed.stdout + failed.stderr
     for entry in store.list(""):
@@ -128,7 +128,7 @@ def test_wrong_settings_are_one_clear_line(
     calm: tuple[Path, Store], environment: dict[str, str], uri: str | None, words: list[str]
 ) -> None:
     path, store = calm
-    done = tiny.medssl("run", str(path), "--store", uri or store.uri, check=False, **environment)
+    done = tiny.process("run", str(path), "--store", uri or store.uri, check=False, **environment)
     assert done.returncode not in (0, 1)
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr

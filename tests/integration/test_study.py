@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
-import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("study")
 
 
@@ -100,10 +100,8 @@ def test_histories_hold_every_step_of_every_rank_once(store: Store) -> None:
 
 def test_second_run_does_nothing_and_says_so(place: Path, study: Path, store: Store) -> None:
     before = finished(store)
-    started = time.monotonic()
     done = tiny.medssl("run", str(study), "--store", str(place / "store"), "--json")
     assert "nothing to do" in done.stderr
-    assert time.monotonic() - started < 30
     assert finished(store) == before
     assert json.loads(done.stdout) == json.loads((place / "result.json").read_text())
 

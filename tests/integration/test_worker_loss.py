@@ -30,14 +30,15 @@ EPOCHS = 8
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+def dataset(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("loss")
     tiny.ingest(folder / "drawn", str(folder / "lesions"))
     return str(folder / "lesions")
 
 
 def recipe(dataset: str, workers: int, **changes: Any) -> dict[str, Any]:
-    fields = tiny.pretraining_only(dataset=dataset, compute={"workers": workers, "checkpoint_every_steps": 2})
+    compute = {"workers": workers, "checkpoint_every_steps": 2, "concurrent_trials": 1}
+    fields = tiny.pretraining_only(dataset=dataset, compute=compute)
     fields["arms"] = [fields["arms"][0] | {"epochs": EPOCHS} | changes]
     return fields
 

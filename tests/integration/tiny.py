@@ -1,7 +1,13 @@
-"""A tiny study on synthetic lesions, small enough to be run again and again, and the command line as a user calls it."""
+"""A tiny study on synthetic lesions, small enough to be run again and again, and the command line as a user calls it.
+
+The command runs in this process and in the session's Ray where there is one, whose workers it finds warm: a process and a
+Ray of its own take a minute on a slow machine, and are for the tests that kill it or change its environment (`process`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -9,7 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
+
+from medssl.cli import main
 
 IMAGES = 150
 PYTHON_PATH = str(Path(__file__).resolve().parents[2] / "platform")
@@ -56,7 +65,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         ],
         "comparisons": [{"better": "barlow_twins", "than": "random", "protocol": "linear_probe"}],
         "bootstrap": {"replicates": 200},
-        "compute": {"workers": 2, "checkpoint_every_steps": 2},
+        "compute": {"workers": 2, "checkpoint_every_steps": 2, "concurrent_trials": 1},
     } | changes
 
 
@@ -93,13 +102,29 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | changes
 
 
-def medssl(*arguments: str, check: bool = True, timeout: float = 600, **changes: str) -> subprocess.CompletedProcess[str]:
-    """Runs `medssl ...` to its end; with `check`, a failure shows what it printed."""
+def medssl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs `medssl ...` in this process to its end; with `check`, a failure shows what it printed."""
+    assert arguments[0] not in ("run", "ingest", "quickstart") or ray.is_initialized(), "the test asks for no ray_session"
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            code = main(arguments)
+        except SystemExit as usage:
+            code = int(usage.code or 0)
+    return _checked(subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue()), check)
+
+
+def process(*arguments: str, check: bool = True, timeout: float = 600, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Runs `medssl ...` as a process with a Ray of its own, some variables of its environment changed."""
     done = subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment(**changes), check=False
     )
+    return _checked(done, check)
+
+
+def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:
     if check and done.returncode:
-        raise AssertionError(f"medssl {' '.join(arguments)} left with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(f"medssl {' '.join(done.args)} left with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
 
 

@@ -48,15 +48,18 @@ def resident(folder: Path) -> ResidentImages:
 
 
 def train(process: Process, folder: str, output: str, **options: Any) -> PretrainResult:
-    """One rank's pretraining; `die_at=(rank, step)` sends that rank SIGKILL, `die_saving` does so before the mark."""
+    """One rank's pretraining; `die_at=(rank, step)` sends that rank SIGKILL, `die_saving` does so before the mark;
+    `stop_at=(rank, step)` has that rank say that it is enough."""
     changed, die_at, die_saving = options.pop("plan", {}), options.pop("die_at", None), options.pop("die_saving", None)
+    stop_at = options.pop("stop_at", None)
     chosen = plan(**changed)
     images = resident(Path(folder))
     feed = ResidentFeed(images, range(len(images)), chosen.batch_size, chosen.seed, process)
 
-    def progress(now: Progress) -> None:
+    def progress(now: Progress) -> bool:
         if die_at == (process.rank, now.step):
             os.kill(os.getpid(), signal.SIGKILL)
+        return stop_at == (process.rank, now.step)
 
     if die_saving is not None:
         save = CheckpointFolder.save
@@ -104,6 +107,31 @@ def test_killed_rank_changes_nothing(tmp_path: Path, world: int) -> None:
     found = run_on_ranks(train_body, world, tmp_path / "b", str(tmp_path), outputs[1].uri, {})
     assert [result.status for result in found] == ["finished"] * world
     assert_same_training(outputs[1], outputs[0], world)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("step", [4, STEPS_PER_EPOCH * 2])
+def test_a_stopped_training_goes_on_from_the_very_step(tmp_path: Path, world: int, step: int) -> None:
+    """One rank says so: all end after that step, with a checkpoint of it, in mid-epoch as at an epoch's end."""
+    resident(tmp_path)
+    outputs = [open_store(str(tmp_path / name), create=True) for name in ("undisturbed", "stopped")]
+    options = {"checkpoint_every_steps": None, "checkpoint_every_epochs": 5}
+    run_on_ranks(train_body, world, tmp_path / "a", str(tmp_path), outputs[0].uri, options)
+    stop_at = {"stop_at": (0, step), **options}
+    stopped = run_on_ranks(train_body, world, tmp_path / "b", str(tmp_path), outputs[1].uri, stop_at)
+    assert {(r.status, r.step, r.last_checkpoint_step) for r in stopped} == {("stopped", step, step)}
+    assert CheckpointFolder(outputs[1].sub("checkpoints")).latest() == step
+    assert not outputs[1].exists("encoder.safetensors")
+    found = run_on_ranks(train_body, world, tmp_path / "c", str(tmp_path), outputs[1].uri, options)
+    assert {(r.status, r.facts.get("resumed_at_step", step)) for r in found} == {("finished", step)}
+    assert_same_training(outputs[1], outputs[0], world)
+
+
+def test_a_stop_at_the_last_step_finishes_the_training(tmp_path: Path) -> None:
+    output = open_store(str(tmp_path / "output"), create=True)
+    resident(tmp_path)
+    assert train(CPU, str(tmp_path), output.uri, stop_at=(0, STEPS_PER_EPOCH * EPOCHS)).status == "finished"
+    assert output.exists("encoder.safetensors")
 
 
 SWAV = {"name": "swav", "projector": (32, 24), "prototypes": 9, "queue": 2 * BATCH, "queue_start_epoch": 1}

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import ray
 
+from medssl.compute import SPARE_CPUS
 from medssl.errors import MedsslError
+from medssl.stages.exporter import export
 from medssl.stopping import sigterm_handled
 
-# Logical CPUs beyond the workers': Ray Data hangs without a message when a training holds every CPU of the cluster.
-SPARE_CPUS = 2
+_POLL_SECONDS = 2.0
 
 
 @contextmanager
-def connected(*, cpus: int, address: str | None = None) -> Iterator[None]:
-    """A Ray with at least `cpus` + 2 logical CPUs for the time of the block.
+def connected(
+    *,
+    cpus: int,
+    address: str | None = None,
+    gpus: float = 0,
+    wait_minutes: float = 0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Iterator[None]:
+    """A Ray with at least `cpus` + 2 logical CPUs, and `gpus` GPUs, for the time of the block.
 
     An initialised Ray is used as it is and left alone. Otherwise `address` (or RAY_ADDRESS) names a running cluster, or a
-    local Ray is started and shut down at the end. Its usage statistics are off unless the user has set them.
+    local Ray is started and shut down at the end. Its usage statistics are off unless the user has set them. A cluster that is
+    too small is asked to grow, and waited for at most `wait_minutes`.
 
     Raises:
-        MedsslError: the address does not answer, or the cluster is too small.
+        MedsslError: the address does not answer, or the cluster is (still) too small.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -33,17 +44,49 @@ def connected(*, cpus: int, address: str | None = None) -> Iterator[None]:
     if ours:
         _start(cpus + SPARE_CPUS, address or os.environ.get("RAY_ADDRESS"))
     try:
-        total = int(ray.cluster_resources().get("CPU", 0))
-        if total < cpus + SPARE_CPUS:
-            raise MedsslError(
-                f"the Ray cluster has {total} CPUs and the run needs {cpus} for its workers and {SPARE_CPUS} for reading: "
-                "add nodes, start Ray with a larger --num-cpus, or lower compute.workers"
-            )
-        with sigterm_handled() if ours else nullcontext():
+        with sigterm_handled() if ours else nullcontext(), _grown(cpus + SPARE_CPUS, gpus, wait_minutes, tell):
+            _require_cpus(cpus)
+            require_gpus(gpus)
+            export()
             yield
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def _grown(cpus: int, gpus: float, minutes: float, tell: Callable[[str], None]) -> Iterator[None]:
+    """Asks an autoscaler for what is missing and waits for it; keeps asking for the time of the block."""
+    wanted = {"CPU": float(cpus), "GPU": float(gpus)}
+
+    def missing() -> dict[str, float]:
+        there = ray.cluster_resources()
+        return {name: amount for name, amount in wanted.items() if amount > there.get(name, 0)}
+
+    if not minutes or not missing():
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"CPU": 1}] * cpus + [{"GPU": 1}] * math.ceil(gpus))
+    try:
+        amounts = " and ".join(f"{amount:g} {name}s" for name, amount in missing().items())
+        tell(f"the cluster has not {amounts} yet: waiting for its nodes for up to {minutes:g} minutes")
+        end = time.monotonic() + 60 * minutes
+        while missing() and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def _require_cpus(cpus: int) -> None:
+    total = int(ray.cluster_resources().get("CPU", 0))
+    if total < cpus + SPARE_CPUS:
+        raise MedsslError(
+            f"the Ray cluster has {total} CPUs and the run needs {cpus} for its workers and {SPARE_CPUS} for reading: "
+            "add nodes, start Ray with a larger --num-cpus, or lower compute.workers"
+        )
 
 
 def require_gpus(gpus: float) -> None:

@@ -19,6 +19,7 @@ from medssl.artifacts import folder, publish, read_marker
 from medssl.compute import Compute
 from medssl.errors import MedsslError
 from medssl.stages.context import Context, Opened
+from medssl.stages.exporter import export
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import TEST, TRAIN, VALIDATION, Spec
@@ -92,6 +93,7 @@ def run_encoding(
 def _encode(task: InitialiseTask | EmbedTask, compute: dict[str, Any], handle: Any) -> None:
     import torch
 
+    export()
     opened = task.context.open()
     if read_marker(opened.store, task.spec.name) is not None:  # another study has made it meanwhile
         return

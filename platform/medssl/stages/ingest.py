@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from medssl import telemetry
 from medssl.datasets.card import CARD, Provenance, build_card
 from medssl.datasets.dataset import read_card
 from medssl.datasets.folder import read_folder
@@ -196,6 +197,7 @@ def ingest(
     with lease(store, "ingest", on_wait=on_wait) as held, connected(cpus=1, address=address):
         read_card(store)  # refuses to replace what is no dataset before any work is done
         results = _run_shards(rows, store, options, on_progress)
+        telemetry.gauge("images_set_aside", sum(len(result.rejected) for result in results), dataset=provenance.name)
         return _publish(rows, results, store, provenance, held)
 
 

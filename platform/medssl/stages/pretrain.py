@@ -15,11 +15,12 @@ import json
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from medssl import telemetry
 from medssl.artifacts import Marker, folder, publish
 from medssl.bag_rows import StreamBagFeed, ensure_packed
 from medssl.compute import Compute
@@ -30,6 +31,7 @@ from medssl.filesystem import retrying_filesystem
 from medssl.mixes import Source, joined_index, shown
 from medssl.rows import open_resident
 from medssl.stages.cluster import require_gpus
+from medssl.stages.exporter import export
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import Spec
@@ -70,6 +72,8 @@ class Job:
     """Images that can be read singly, for streamed bags."""
     labels: list[int] | None = None
     """Labels by image number, for a method that takes them."""
+    said_of: dict[str, str] = field(default_factory=dict)
+    """Labels of its telemetry."""
 
 
 def run_pretrain(
@@ -86,6 +90,7 @@ def run_pretrain(
     watched: Watched | None = None,
     watched_images: Mapping[str, Any] | None = None,
     labels: Sequence[int] | None = None,
+    said_of: Mapping[str, str] | None = None,
 ) -> Marker:
     """Trains (or goes on training) one encoder and publishes its artifact.
 
@@ -97,6 +102,7 @@ def run_pretrain(
         watched: labelled images for the kNN curve, measured as `compute.monitor_every_epochs` says.
         watched_images: arguments of `rows.open_resident` for these.
         labels: places in the classes by image number, for a method that takes labels.
+        said_of: study and arm, for its telemetry.
 
     Raises:
         NonFiniteLoss: the loss turned NaN or infinite; nothing is retried.
@@ -111,7 +117,7 @@ def run_pretrain(
         where = dict(watched_images) if watched_images else None
         job = Job(
             store.uri, spec.name, plan.canonical(), list(sources), asdict(decoding), compute.canonical(), uri, seen, where,
-            labels=None if labels is None else list(labels),
+            labels=None if labels is None else list(labels), said_of=dict(said_of or {}),
         )  # fmt: skip
         datasets = {}
         if sources[0].resident is None and plan.pairs == "bag":
@@ -195,9 +201,11 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     from medssl import collectives
 
     job = Job(**config["job"])
+    export()
     output = folder(open_store(job.store_uri), job.artifact)
     try:
-        return _train(job, output, config["board"])
+        with telemetry.labelled(**job.said_of):
+            return _train(job, output, config["board"])
     except (StoreError, ray.exceptions.RayError):
         raise  # lost storage, lost processes: Ray Train starts the group anew
     except Exception as error:

@@ -10,6 +10,7 @@ into a report, which stops the run at once.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -22,9 +23,11 @@ from typing import Any, TypeVar
 import ray
 from ray import tune
 
+from medssl import telemetry
 from medssl.compute import Compute
 from medssl.errors import MedsslError, StoreError
 from medssl.filesystem import retrying_filesystem
+from medssl.stages.exporter import export
 from medssl.stages.progress import OnProgress
 from medssl.store import Store
 
@@ -75,6 +78,7 @@ def guarded(run: Callable[..., dict[str, Any]], cpus: int) -> Callable[..., None
     def trial(config: dict[str, Any], **parameters: Any) -> None:
         import torch
 
+        export()
         torch.set_num_threads(cpus)
         try:
             tune.report({"error": None, **run(config, **parameters)})
@@ -101,6 +105,8 @@ class Watch(tune.Callback):  # type: ignore[misc]
         self.on_progress, self.cost, self.total, self.trials = on_progress, cost, total, trials
         self.error: str | None = None
         self.done, self.finished = 0.0, 0
+        self._under_way: set[str] = set()
+        self._failed, self._best = 0, -math.inf
 
     def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
         return Watch, ()
@@ -109,17 +115,39 @@ class Watch(tune.Callback):  # type: ignore[misc]
         """Shows the empty bar."""
         self._show()
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Counts a trial that begins, or begins anew."""
+        self._under_way.add(str(trial.trial_id))
+        self._tell()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Counts a lost attempt."""
+        self._under_way.discard(str(trial.trial_id))
+        self._failed += 1
+        self._tell()
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Counts a trial."""
         self.done += self.cost(trial.config) if self.cost else 0.0
         self.finished += 1
+        self._under_way.discard(str(trial.trial_id))
         self._show()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """Notes the reason of a trial that failed."""
         self.error = self.error or result.get("error")
+        if self.error is None and "score" in result:
+            self._best = max(self._best, float(result["score"]))
+            telemetry.gauge("best_score", self._best)
+
+    def _tell(self) -> None:
+        telemetry.gauge("trials_planned", self.trials)
+        telemetry.gauge("trials_done", self.finished)
+        telemetry.gauge("trials_running", len(self._under_way))
+        telemetry.gauge("trials_failed", self._failed)
 
     def _show(self) -> None:
+        self._tell()
         if self.on_progress is not None and self.trials:
             self.on_progress(round(self.done), round(self.total), f"{self.finished} of {self.trials} trials")
 

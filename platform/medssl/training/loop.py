@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from medssl.collectives import Process, agree_largest, barrier
 from medssl.errors import RecipeError
 from medssl.networks.encoder import save_weights
 from medssl.store import Store
+from medssl.training import signals
 from medssl.training.feed import Batch, Feed
 from medssl.training.history import History, read_history, summarise, to_parquet, to_tensorboard
 from medssl.training.plan import PretrainPlan
@@ -35,11 +35,6 @@ SHEET_FILE = "views.png"
 FINDER_FILE = "finder.json"
 MONITOR_FOLDER = "monitor"
 _SHEET_IMAGES = 8
-_COLLAPSED_STD, _COLLAPSED_RANK = 0.02, 1.5
-"""A random ResNet starts far above both: what falls below has collapsed."""
-
-logger = logging.getLogger(__name__)
-
 
 Monitor = Callable[[nn.Module], dict[str, float]]
 """Measures an encoder: names and values."""
@@ -173,6 +168,13 @@ def pretrain(
         torch.zeros((), dtype=torch.int64, device=process.device),
     )
     _continue_from_checkpoint(run)
+    result = _trained(run, monitor, monitor_every_epochs)
+    if process.is_main:
+        signals.at_end(result.status == "non_finite")
+    return result
+
+
+def _trained(run: _Run, monitor: Monitor | None, monitor_every_epochs: int) -> PretrainResult:
     for images_BHWC in _remaining_batches(run):
         _train_step(run, images_BHWC)
         bad_step = _first_bad_step(run)
@@ -182,7 +184,7 @@ def pretrain(
             _log(run)
         if monitor is not None:
             _monitor(run, monitor, monitor_every_epochs)
-        if _checkpoint_due(run) or (run.stop and feed.starts_within_epoch):
+        if _checkpoint_due(run) or (run.stop and run.feed.starts_within_epoch):
             _save_checkpoint(run)
         if run.stop and run.done < run.stepper.total_steps:
             return _stopped(run)
@@ -274,23 +276,13 @@ def _log(run: _Run) -> None:
     assert run.features is not None
     row = run.history.settle(collapse_measures(*run.features), lambda: _window_rates(run))
     if run.process.is_main and not run.warned:
-        run.warned = _warn_of_collapse(run.done, row)
-    wanted = run.on_progress is not None and bool(run.on_progress(_progress(run, row)))
+        run.warned = signals.warn_of_collapse(run.done, row)
+    progress = _progress(run, row)
+    if run.process.is_main:
+        signals.at_log(progress)
+    wanted = run.on_progress is not None and bool(run.on_progress(progress))
     run.stop = bool(agree_largest(int(wanted), run.process.device))
     _start_window(run)
-
-
-def _warn_of_collapse(step: int, row: dict[str, Any]) -> bool:
-    """Says so in words when all images get about one feature, or features of about one direction."""
-    if row["embedding_std"] > _COLLAPSED_STD and row["effective_rank"] > _COLLAPSED_RANK:
-        return False
-    logger.warning(
-        "the representation is collapsing at step %d: embedding standard deviation %.3g (1 is spread out, 0 is one point), "
-        "effective rank %.3g. Features like these tell images apart no more: lower the learning rate, lengthen the warm-up, or "
-        "strengthen what keeps features apart (a larger batch, lambda_, variance, target_momentum)",
-        step, row["embedding_std"], row["effective_rank"],
-    )  # fmt: skip
-    return True
 
 
 def _window_rates(run: _Run) -> dict[str, float]:
@@ -321,7 +313,8 @@ def _save_checkpoint(run: _Run) -> None:
     run.history.commit()
     barrier()
     if run.process.is_main:
-        run.checkpoints.save(run.done, run.stepper.module.state_dict(), run.stepper.state())
+        module, state = run.stepper.module, run.stepper.state()
+        signals.timed_checkpoint(lambda: run.checkpoints.save(run.done, module.state_dict(), state))
     run.last_checkpoint_step = run.done
     _start_window(run)
 

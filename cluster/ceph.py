@@ -1,7 +1,7 @@
-"""A real S3 server for tests: Ceph's RADOS gateway with one monitor and one OSD in a folder, on free ports.
+"""A real S3 server in a folder, for the local cluster and tests: Ceph's RADOS gateway, one monitor, one OSD, on free ports.
 
 No root services, no systemd: three daemons that are stopped through the pid files they wrote themselves, by `stop`, or
-by a guard process when the process that started them is killed. Run by hand with `python tests/integration/ceph.py FOLDER`
+by a guard process when the process that started them is killed. Run by hand with `python cluster/ceph.py FOLDER`
 (prints the exports; stops on Ctrl-C).
 """
 
@@ -74,8 +74,9 @@ def free_port() -> int:
 class Ceph:
     """The server in `folder`; data stay there over stop and start."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> None:
         self.folder = folder
+        self._access_key, self._secret_key = access_key, secret_key
         self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._conf = folder / "ceph.conf"
@@ -86,8 +87,8 @@ class Ceph:
         """The standard AWS variables that reach this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_ACCESS_KEY_ID": self._access_key,
+            "AWS_SECRET_ACCESS_KEY": self._secret_key,
             "AWS_REGION": "us-east-1",
         }
 
@@ -108,8 +109,8 @@ class Ceph:
         self._run("ceph-osd", "-i", "0", "--pid-file", self._pid_file("osd"))
         self._wait(lambda: " 1 up" in self._run("ceph", "osd", "stat"), "the OSD")
         if new:
-            user = ("--uid=test", "--display-name=test", f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}")
-            self._run("radosgw-admin", *GATEWAY_AUTH, "user", "create", *user)
+            keys = (f"--access-key={self._access_key}", f"--secret-key={self._secret_key}")
+            self._run("radosgw-admin", *GATEWAY_AUTH, "user", "create", "--uid=test", "--display-name=test", *keys)
         self.start_gateway()
 
     def start_gateway(self) -> None:

@@ -1,0 +1,176 @@
+"""What `medssl submit` says before a cluster is asked for anything, and of addresses where none is. The rest is in cluster/."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from medssl.cli import main
+from medssl.errors import RecipeError
+from medssl.job_server import ClusterError, Job, JobServer, read_token, server_address
+from medssl.submit import RECIPE_FILE, _pack, _variables, exit_code
+
+CANARY = "token-canary-5e0d"
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) not in (0, 1)
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("medssl: ")
+    return said.err
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def other() -> Iterator[tuple[str, list[str]]]:
+    """The address of a web server that is no Ray's, and the paths and headers it was asked with."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.path} {self.headers.get('Authorization')}")
+            if self.path.startswith("/moved"):
+                self.send_response(302)
+                self.send_header("Location", f"http://127.0.0.1:{server.server_port}/elsewhere")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_dead_address_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    said = one_line(capsys, "jobs", "--address", f"http://127.0.0.1:{port}")
+    assert f"no Ray cluster answers at http://127.0.0.1:{port}" in said and "check the address" in said
+
+
+def test_a_server_that_never_answers_is_given_up_within_the_limit(silent: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match="no Ray cluster answers at"):
+        JobServer(silent).probe()
+    assert 4 < time.monotonic() - started < 15  # the limit is five seconds: this is what it promises, not a speed
+
+
+def test_another_kind_of_server_is_named_as_one(other: tuple[str, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "answers, but is no Ray job server" in one_line(capsys, "jobs", "--address", other[0])
+
+
+def test_a_token_does_not_follow_a_redirection(other: tuple[str, list[str]]) -> None:
+    address, asked = other
+    with pytest.raises(ClusterError, match="answered 302"):
+        JobServer(f"{address}/moved", CANARY).probe()
+    assert asked == [f"/moved/api/version Bearer {CANARY}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, "no cluster is named: give --address http://HEAD:8265"),
+        ("ray://head:10001", "address 'ray://head:10001' is not a job server's"),
+        ("head:8265", "address 'head:8265' is not a job server's"),
+        ("http://me:secret@head:8265", "the address holds credentials"),
+    ],
+)
+def test_addresses_that_are_none(given: str | None, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        server_address(given)
+    assert words in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_the_address_comes_from_the_environment_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://second:8265")
+    assert server_address(None) == "http://second:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://first:8265/")
+    assert server_address(None) == "http://first:8265"
+    assert server_address("https://given") == "https://given"
+
+
+def test_the_token_is_where_rays_tools_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_token() is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("of-home\n")
+    assert read_token() == "of-home"
+    (tmp_path / "mine").write_text("of-path")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "mine"))
+    assert read_token() == "of-path"
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of-variable")
+    assert read_token() == "of-variable"
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "DB_PASSWORD", "my_credentials"]
+)
+def test_variables_that_look_like_secrets_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        _variables([f"{name}={CANARY}"])
+    assert f"--env {name} looks like a secret" in str(caught.value) and CANARY not in str(caught.value)
+
+
+def test_what_goes_with_a_job_says_where_the_store_is_and_nothing_that_opens_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", CANARY)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    monkeypatch.setenv("AWS_REGION", "eu-1")
+    monkeypatch.setenv("MINE", "4")
+    found = _variables(["MINE", "YOURS=a=b"])
+    assert found["AWS_ENDPOINT_URL"] == "http://store:9000" and found["AWS_REGION"] == "eu-1"
+    assert found["MINE"] == "4" and found["YOURS"] == "a=b" and CANARY not in found.values()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{CANARY}@store:9000")
+    assert "AWS_ENDPOINT_URL" not in _variables([])
+    for wrong, words in (("NOT_THERE", "is not set here"), ("1x=2", "is no variable's name")):
+        with pytest.raises(RecipeError, match=words):
+            _variables([wrong])
+
+
+def test_a_job_gets_the_recipe_and_what_is_named_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text("study: x\n")
+    (tmp_path / "other.yaml").write_text("study: y\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "net.py").write_text("pass\n")
+    (tmp_path / "weights.pth").write_bytes(b"w")
+    target = tmp_path / "job"
+    target.mkdir()
+    _pack(target, Path("study.yaml"), ["mine", str(tmp_path / "weights.pth")])
+    found = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    assert found == ["mine/net.py", RECIPE_FILE, "weights.pth"]
+    for wrong, words in (("none.csv", "there is no such file"), ("weights.pth", "is there twice")):
+        with pytest.raises(RecipeError, match=words):
+            _pack(target, Path("study.yaml"), [wrong])
+
+
+@pytest.mark.parametrize(
+    ("status", "left_with", "code"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", None, 1), ("STOPPED", 143, 143), ("STOPPED", None, 143)],
+)
+def test_exit_codes(status: str, left_with: int | None, code: int) -> None:
+    assert exit_code(Job("a", status, "", {}, 1, 2, left_with)) == code
