@@ -1,4 +1,4 @@
-"""Pins everything that medssl needs at run time to the versions installed here: python cluster/lock.py > cluster/requirements.lock
+"""Pins all that medssl needs at run time to the versions installed here: python cluster/lock.py > cluster/requirements.lock
 
 Run it in an environment made by `pip install '.[cluster]'` on the platform and Python of the image.
 """
@@ -32,7 +32,7 @@ def locked(name: str, extras: tuple[str, ...] = ()) -> dict[str, str]:
             try:
                 found[other] = distribution(other).version
             except PackageNotFoundError:
-                raise SystemExit(f"lock.py: {owner} needs {text}, which is not installed here: pip install '.[cluster]'") from None
+                raise SystemExit(f"lock.py: {owner} needs {text}, which is not installed: pip install '.[cluster]'") from None
             waiting.append((other, tuple(sorted(needed.extras))))
     return found
 

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Messages of MedsslError are one line on standard error, no traceback."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if getattr(arguments, "address", None) or os.environ.get("RAY_ADDRESS"):
+    if arguments.command in (_run, _ingest) and (arguments.address or os.environ.get("RAY_ADDRESS")):
         _use_token()
     try:
         code = arguments.command(arguments)

@@ -1,4 +1,4 @@
-"""The commands that speak to a cluster's job server: submit, jobs, logs, stop."""
+"""The commands of those who run a cluster and its store: submit, jobs, logs, stop, gc."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ADDRESS = "the cluster's job server, http://HEAD:8265 (default: RAY_API_SERVER_
 
 
 def add_commands(command: Command, add_study: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]) -> None:
-    """Adds the four commands; `add_study` gives the arguments that every command of a study has."""
+    """Adds the commands; `add_study` gives the arguments that every command of a study has."""
     sub = add_study(command("submit", _submit, "run a study as a job of a Ray cluster, and follow it"))
     sub.add_argument("--address", help=_ADDRESS)
     sub.add_argument("--detach", action="store_true", help="leave it running and return at once")
@@ -31,6 +31,11 @@ def add_commands(command: Command, add_study: Callable[[argparse.ArgumentParser]
     sub.add_argument("job", help="a job, or a study")
     sub.add_argument("--address", help=_ADDRESS)
     sub.add_argument("--follow", action="store_true", help="go on until it ends; leaves with its exit code")
+    sub = command("gc", _gc, "list what no study of a store needs any more, and remove it when told to")
+    sub.add_argument("store", help="the store's URI")
+    sub.add_argument("--drop", action="append", default=[], metavar="STUDY", help="a study that is not needed any more")
+    sub.add_argument("--delete", action="store_true", help="remove what is listed")
+    sub.add_argument("--json", action="store_true", help="print it for machines")
     sub = command("stop", _stop, "stop a job in order: its step, a checkpoint, then out")
     sub.add_argument("job", help="a job, or a study")
     sub.add_argument("--address", help=_ADDRESS)
@@ -129,4 +134,28 @@ def _stop(arguments: argparse.Namespace) -> int:
     print(f"medssl: stopping job {job.id}: its step and a checkpoint first", file=sys.stderr)
     found = stop(server, job)
     print(f"job {found.id}: {found.status}; the study goes on where it is when it is submitted again")
+    return 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from medssl.leftovers import find_leftovers, remove
+    from medssl.store import open_store
+
+    store = open_store(arguments.store)
+    found = find_leftovers(store, arguments.drop)
+    if arguments.json:
+        rows = [{"name": a.name, "stage": a.stage, "bytes": a.size, "finished": a.is_finished} for a in found.artifacts]
+        print(json.dumps({"artifacts": rows, "studies": found.studies, "unreadable": found.unreadable, "running": found.running}))
+    else:
+        for artifact in found.artifacts:
+            print(f"{artifact.name}  {artifact.size / 1e6:,.1f} MB{'' if artifact.is_finished else '  (not finished)'}")
+        print(f"{len(found.artifacts)} artifacts, {found.size / 1e6:,.1f} MB, that none of {len(found.studies)} studies needs")
+    if arguments.delete:
+        removed = remove(store, found)
+        print(f"removed {removed}", file=sys.stderr)
+        return 0
+    for name, reason in found.unreadable.items():
+        print(f"what study '{name}' needs cannot be told: {reason}", file=sys.stderr)
+    if found.artifacts and not arguments.json:
+        print("nothing was removed: --delete does it")
     return 0

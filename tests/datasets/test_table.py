@@ -103,6 +103,9 @@ def test_other_delimiters_quotes_and_a_byte_order_mark(tmp_path: Path, delimiter
         ("image,x\n1.jpg\n", {}, "readable table"),
         ("image\n1.jpg\n", {"drop": ["nothing"]}, "'nothing'"),
         ("image\n/abs/1.jpg\n", {"root": "s3://bucket"}, "absolute"),
+        ("image\n../other/1.jpg\n", {}, "leads out of"),
+        ("image\na/../../1.jpg\n", {}, "leads out of"),
+        ("image\n../../key/1.jpg\n", {"root": "s3://bucket/images"}, "leads out of s3://bucket/images"),
     ],
 )
 def test_bad_tables_are_one_line(tmp_path: Path, text: str, options: dict[str, object], words: str) -> None:

@@ -124,7 +124,7 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
 
     before = {e.key: store.read(e.key) for e in store.list("markers/")}
     assert any("initialise-" in key for key in before) and not any("pretrain-" in key for key in before)
-    again = tiny.process(*arguments)
+    again = tiny.process(*arguments) if attached else tiny.medssl(*arguments)
     assert "pretrain" in again.stderr and "initialise" not in again.stderr
     assert {key: store.read(key) for key in before} == before
     assert losses(store) == losses(calm)
@@ -134,7 +134,7 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
     wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
 
 
-def test_sigterm_ends_a_pretraining_in_order(recipe: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_a_pretraining_in_order(ray_session: Any, recipe: Path, tmp_path: Path) -> None:
     """What a job's stop, a batch system and Kubernetes send: a checkpoint of the current step, then out with all workers."""
     arguments = ["run", str(recipe), "--store", str(tmp_path / "store"), "--set", "arms.1.epochs=60"]
     store = open_store(str(tmp_path / "store"), create=True)
@@ -151,7 +151,7 @@ def test_sigterm_ends_a_pretraining_in_order(recipe: Path, tmp_path: Path) -> No
     assert found, said
     assert found.group(1) == found.group(2) and max(marked_steps(store)) == int(found.group(1))
     wait(lambda: not alive(trainers), f"the end of the training workers: {alive(trainers)}", 120)
-    tiny.process(*arguments)
+    tiny.medssl(*arguments)
     steps = [(rank, step) for rank, step, _ in losses(store)]
     assert steps == [(rank, step) for rank in (0, 1) for step in range(1, len(steps) // 2 + 1)]
     name = next(n for n in finished(store) if n.startswith("pretrain-"))
@@ -191,7 +191,7 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
     assert "2 searches, 2 at once" in (tmp_path / "first.txt").read_text()
     before = scored()
     assert len(before) < 12 and not [name for name in finished(store) if name.startswith("search-")]
-    again = tiny.process(*command[3:])
+    again = tiny.medssl(*command[3:])
     after = scored()
     assert len(after) == 12 and {key: after[key] for key in before} == before
     assert "2 searches, 2 at once" in again.stderr

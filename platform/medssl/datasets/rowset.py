@@ -77,11 +77,17 @@ def default_image_ids(relative_paths: Sequence[str]) -> list[str]:
 
 
 def resolve_uri(path: str, root: str) -> str:
-    """URI or absolute path of an image: `path` itself when it is absolute or a URI, else below `root`."""
+    """URI or absolute path of an image: `path` itself when it is absolute or a URI, else below `root`.
+
+    Raises:
+        DataError: a relative path climbs out of `root`: a table from elsewhere must not reach other files by the way.
+    """
     if path.startswith("s3://"):
         return path
     if path.startswith("file://"):
         return unquote(urlsplit(path).path)
+    if posixpath.normpath(path).split("/")[0] == "..":
+        raise DataError(f"image path {path!r} leads out of {root}: write paths below it, or give --root a folder that holds all")
     if root.startswith("s3://"):
         if path.startswith("/"):
             raise DataError(

@@ -1,0 +1,189 @@
+"""What no study of a store needs any more, and its removal: `medssl gc`.
+
+The studies of a store are those below `studies/`. Each keeps the recipe it was last started with (`wanted.json`), from which its
+artifacts' names follow as they do for a run. What is finished or half-made, and named by none of them, is left over: from
+recipes since changed, from labels since mended, from studies that were dropped. Datasets are never touched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from medssl.artifacts import ARTIFACTS, STUDIES, finished, marker_key
+from medssl.errors import LeaseHeld, MedsslError, MissingKey, RecipeError, StoreError, nearest
+from medssl.leases import lease
+from medssl.recipe import Recipe
+from medssl.shifting import features, transfers
+from medssl.stages.specs import VERSIONS, Spec
+from medssl.store import Store
+from medssl.study import Study
+
+WANTED = "wanted.json"
+_CURRENT = "current.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact in the store."""
+
+    name: str
+    size: int
+    """Bytes of all its files."""
+    is_finished: bool
+
+    @property
+    def stage(self) -> str:
+        """What made it."""
+        return self.name.rpartition("-")[0]
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """What could be removed, and what stands against it."""
+
+    artifacts: tuple[Artifact, ...]
+    studies: tuple[str, ...]
+    """Whose artifacts are kept."""
+    dropped: tuple[str, ...]
+    unreadable: dict[str, str]
+    """Studies whose needs cannot be told, and why: nothing is removed while there is one."""
+    running: dict[str, str]
+    """Studies under way whose later artifacts have no names yet, and who runs them: nothing is removed either."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(artifact.size for artifact in self.artifacts)
+
+
+def remember(study: Study) -> None:
+    """Keeps the recipe that a study is started with, before anything is made for it."""
+    data = json.dumps(study.recipe.canonical(), sort_keys=True, indent=1).encode()
+    study.store.write(f"{STUDIES}/{study.recipe.study}/{WANTED}", data)
+
+
+def find_leftovers(store: Store, drop: Sequence[str] = ()) -> Leftovers:
+    """What is left over in a store, were the studies `drop` dropped.
+
+    Raises:
+        RecipeError: there is no study of such a name to drop.
+    """
+    there = list(_artifacts(store))  # first of all: what is made from now on is in no list
+    names = sorted({entry.key.split("/")[1] for entry in store.list(f"{STUDIES}/") if entry.key.count("/") >= 2})
+    for name in drop:
+        if name not in names:
+            raise RecipeError(f"--drop {name}: the store has no such study: {nearest(name, names)}")
+    needed: set[str] = set()
+    unreadable, running = {}, {}
+    kept = [name for name in names if name not in drop]
+    for name in names:
+        owner = _owner(store, name)
+        if name in drop:
+            if owner is not None:
+                running[name] = owner
+            continue
+        try:
+            study = _study(store, name)
+        except MedsslError as error:
+            unreadable[name] = str(error)
+            continue
+        if study is None:  # the page of several, which has no artifacts of its own
+            continue
+        names_of_it, complete = needs(study)
+        needed |= names_of_it
+        if owner is not None and not complete:
+            running[name] = owner
+    left = tuple(artifact for artifact in there if artifact.name not in needed)
+    return Leftovers(left, tuple(kept), tuple(drop), unreadable, running)
+
+
+def remove(store: Store, found: Leftovers) -> int:
+    """Removes the artifacts, and what the store has of dropped studies; how many objects' folders went.
+
+    Raises:
+        StoreError: a study cannot be read, or is being run, so that what it needs cannot be told; nothing was removed.
+    """
+    for name, reason in found.unreadable.items():
+        raise StoreError(
+            f"nothing was removed: what study '{name}' needs cannot be told ({reason}); mend that, or give --drop {name}"
+        )
+    for name, owner in found.running.items():
+        raise StoreError(f"nothing was removed: study '{name}' is being run by {owner}: wait for it, or stop it")
+    with ExitStack() as stack:
+        for name in found.dropped:
+            stack.enter_context(lease(store, f"study-{name}", wait=False))
+        for artifact in found.artifacts:
+            store.delete(marker_key(artifact.name))  # first: without its marker an artifact is none
+            store.delete_prefix(f"{ARTIFACTS}/{artifact.name}")
+        for name in found.dropped:
+            store.delete_prefix(f"{STUDIES}/{name}")
+    return len(found.artifacts)
+
+
+def needs(study: Study) -> tuple[set[str], bool]:
+    """Names of all artifacts that a study has or will have, as far as they are known; and whether all are."""
+    specs: list[Spec | None] = [spec for _, _, spec in study.encoders()]
+    recipe = study.recipe
+    for protocol in recipe.protocols:
+        for arm in recipe.arms:
+            if protocol.kind != "fine_tune" and recipe.judges(protocol, arm):
+                specs += [study.embed_spec(arm, seed, protocol) for seed in study.specs.pretraining_seeds(arm, protocol)]
+    specs += [study.search_spec(arm, protocol) for arm, protocol in study.searches()]
+    for cell in study.specs.cells():
+        evaluations = study.evaluations(cell)
+        specs += [None] if evaluations is None else list(evaluations.values())
+        for shifted in study.specs.shifted.values():
+            found = transfers(study, cell, shifted)
+            specs += [None] if found is None else [each.spec for each in found]
+            if cell.protocol.kind != "fine_tune":
+                specs.append(features(study, cell.arm, cell.pretraining_seed, shifted))
+    names = {spec.name for spec in specs if spec is not None}
+    for report in (study.report_name(), _current_report(study)):
+        if report is not None:
+            names.add(report)
+    return names, None not in specs
+
+
+def _current_report(study: Study) -> str | None:
+    try:
+        return str(json.loads(study.store.read(f"{STUDIES}/{study.recipe.study}/{_CURRENT}"))["report"])
+    except (MissingKey, ValueError, KeyError):
+        return None
+
+
+def _study(store: Store, name: str) -> Study | None:
+    """The study as it was last started; None for the page of a recipe with several datasets."""
+    place = store.sub(f"{STUDIES}/{name}")
+    try:
+        recipe = Recipe.model_validate(json.loads(place.read(WANTED)))
+    except MissingKey:
+        if not place.exists("planned.json"):
+            return None
+        raise StoreError("it was last run by a version that kept no recipe: run it once more") from None
+    except ValueError as error:
+        raise StoreError(f"{place.uri_of(WANTED)} is not as medssl wrote it ({str(error).splitlines()[0]})") from None
+    return Study(recipe, store)
+
+
+def _owner(store: Store, name: str) -> str | None:
+    """Who runs a study now; None where nobody does."""
+    try:
+        with lease(store, f"study-{name}", wait=False):
+            return None
+    except LeaseHeld as error:
+        return str(error).partition("is being worked on by ")[2].partition(":")[0] or "another run"
+
+
+def _artifacts(store: Store) -> Iterator[Artifact]:
+    """Every artifact of a stage, finished or not."""
+    sizes: dict[str, int] = {}
+    done = finished(store)
+    for entry in store.list(f"{ARTIFACTS}/"):
+        name = entry.key.split("/")[1]
+        sizes[name] = sizes.get(name, 0) + entry.size
+    for name in sorted(set(sizes) | done):
+        if name.rpartition("-")[0] in VERSIONS:
+            yield Artifact(name, sizes.get(name, 0), name in done)

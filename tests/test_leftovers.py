@@ -1,0 +1,135 @@
+"""`medssl gc`: what no study needs is listed and removed, and nothing else, whatever state the store is in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.finished_study import fields, make
+
+from medssl.artifacts import finished
+from medssl.cli import main
+from medssl.leases import lease
+from medssl.leftovers import find_leftovers, needs, remember
+from medssl.recipe import Recipe
+from medssl.store import Store
+from medssl.study import Study
+
+
+def again(store: Store, **changes: Any) -> Study:
+    """The study as another recipe has it, started but not run."""
+    study = Study(Recipe.model_validate(fields(**changes)), store)
+    remember(study)
+    return study
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    made = make(tmp_path)
+    remember(made)
+    return made
+
+
+def gc(store: Store, *arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = main(["gc", store.uri, *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def smaller() -> dict[str, Any]:
+    """The same study with one head seed less."""
+    protocols = fields()["protocols"]
+    return {"protocols": [protocols[0] | {"head_seeds": 1}, *protocols[1:]]}
+
+
+def test_a_study_needs_all_that_was_made_for_it(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    names, complete = needs(study)
+    assert complete and finished(study.store) <= names
+    code, out, _ = gc(study.store, capsys=capsys)
+    assert code == 0 and out == "0 artifacts, 0.0 MB, that none of 1 studies needs\n"
+
+
+def test_what_a_changed_recipe_leaves_is_listed_and_only_removed_when_told_to(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, before = study.store, finished(study.store)
+    less = again(store, **smaller())
+    expected = before - needs(less)[0]
+    assert expected and {name.rpartition("-")[0] for name in expected} <= {"evaluate", "report"}
+    code, out, _ = gc(store, "--json", capsys=capsys)
+    listed = json.loads(out)
+    assert code == 0 and {each["name"] for each in listed["artifacts"]} == expected
+    for each in listed["artifacts"]:
+        assert each["bytes"] == sum(entry.size for entry in store.list(f"artifacts/{each['name']}/"))
+    assert finished(store) == before
+    code, _, said = gc(store, "--delete", capsys=capsys)
+    assert code == 0 and f"removed {len(expected)}" in said
+    assert finished(store) == before - expected
+    assert not [e.key for name in expected for e in store.list(f"artifacts/{name}/")]
+    assert all(line.state == "finished" for line in Study(less.recipe, store).plan() if line.stage != "report")
+    assert store.exists("datasets/squares/card.json")
+
+
+def test_what_was_left_half_made_goes_too_and_what_is_no_artifact_stays(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = study.store
+    store.write("artifacts/pretrain-0123456789abcdefabcd/checkpoints/step-1.json", b"x")
+    store.write("artifacts/notes/mine.txt", b"x")
+    code, out, _ = gc(store, "--delete", capsys=capsys)
+    assert code == 0 and "pretrain-0123456789abcdefabcd  0.0 MB  (not finished)" in out
+    assert not store.list("artifacts/pretrain-0123456789abcdefabcd/") and store.exists("artifacts/notes/mine.txt")
+
+
+def test_a_dropped_study_goes_with_what_it_alone_needs(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    store, own = study.store, needs(study)[0]
+    other = again(store, study="other", **smaller())
+    shared = needs(other)[0] & finished(store)
+    assert shared and shared < own
+    code, _, said = gc(store, "--drop", "finished", "--delete", capsys=capsys)
+    assert code == 0, said
+    assert finished(store) == shared and not store.list("studies/finished/") and store.list("studies/other/")
+    code, _, said = gc(store, "--drop", "finishd", capsys=capsys)
+    assert code == 2 and "the store has no such study" in said and said.count("\n") == 1
+
+
+def test_nothing_is_removed_where_a_studys_needs_cannot_be_told(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    store = study.store
+    again(store, **smaller())
+    before = finished(store)
+    for broken in (b"{}", b"no json"):
+        store.write("studies/other/wanted.json", broken)
+        store.write("studies/other/planned.json", b"{}")
+        code, _, said = gc(store, "--delete", capsys=capsys)
+        assert code == 2 and "what study 'other' needs cannot be told" in said and said.count("\n") == 1
+        assert finished(store) == before
+    store.delete("studies/other/wanted.json")
+    code, _, said = gc(store, "--delete", capsys=capsys)
+    assert code == 2 and "run it once more" in said and finished(store) == before
+    assert gc(store, "--drop", "other", "--delete", capsys=capsys)[0] == 0
+    assert finished(store) < before
+
+
+def test_a_running_study_keeps_what_it_may_still_need(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    store = study.store
+    less = again(store, **smaller())
+    arms = [*fields()["arms"], {"name": "later", "encoder": {"name": "test_resnet", "image_px": 40}}]
+    before = finished(store)
+    with lease(store, "study-other"):
+        unfinished = again(store, study="other", arms=arms)
+        assert not needs(unfinished)[1]
+        code, _, said = gc(store, "--delete", capsys=capsys)
+        assert code == 2 and "study 'other' is being run by" in said and finished(store) == before
+    with lease(store, "study-finished"):  # all its artifacts have names: they are kept, the others go
+        code, _, said = gc(store, "--delete", capsys=capsys)
+        assert code == 0, said
+        code, _, said = gc(store, "--drop", "finished", "--delete", capsys=capsys)
+        assert code == 2 and "study 'finished' is being run by" in said
+    assert needs(less)[0] & before <= finished(store)
+
+
+def test_nothing_of_what_is_found_is_of_a_study_that_is_kept(study: Study) -> None:
+    found = find_leftovers(study.store)
+    assert found.studies == ("finished",) and not found.artifacts and not found.unreadable and not found.running
