@@ -23,6 +23,8 @@ ARTIFACTS = "artifacts"
 MARKERS = "markers"
 STUDIES = "studies"
 DATASETS = "datasets"
+FORGOTTEN = "forgotten"
+"""Marks of artifacts that were made with images since removed."""
 
 _HASH_CHARACTERS = 20
 
@@ -92,6 +94,20 @@ def read_marker(store: Store, name: str) -> Marker | None:
         return Marker.from_json(store.read(marker_key(name)))
     except MissingKey:
         return None
+
+
+def forgotten_note(store: Store, *names: str) -> str | None:
+    """A warning where one of these artifacts was made with images that `medssl forget` has removed since."""
+    for name in names:
+        try:
+            mark = json.loads(store.read(f"{FORGOTTEN}/{name}.json"))
+        except MissingKey:
+            continue
+        return (
+            f"{name} was made with {mark['images']} images of {mark['dataset']} that were removed on {mark['day']} "
+            "(medssl forget): run the study again"
+        )
+    return None
 
 
 def read_markers(store: Store, names: Iterable[str], threads: int = 32) -> dict[str, Marker]:

@@ -1,4 +1,4 @@
-"""The commands of those who run a cluster and its store: submit, jobs, logs, stop, gc."""
+"""The commands of those who run a cluster and its store: submit, jobs, logs, stop, gc, forget."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def add_commands(command: Command, add_study: Callable[[argparse.ArgumentParser]
     sub.add_argument("store", help="the store's URI")
     sub.add_argument("--drop", action="append", default=[], metavar="STUDY", help="a study that is not needed any more")
     sub.add_argument("--delete", action="store_true", help="remove what is listed")
+    sub.add_argument("--json", action="store_true", help="print it for machines")
+    sub = command("forget", _forget, "remove a patient's images from a dataset, and mark what was made with them")
+    sub.add_argument("patient", help="the patient's id")
+    sub.add_argument("--dataset", required=True, metavar="URI", help="the dataset, or its name in the store")
+    sub.add_argument("--store", help="store of the studies that may have used it (default: $MEDSSL_STORE, else ./medssl-store)")
+    sub.add_argument("--pseudonymise", action="store_true", help="the dataset has keyed hashes in place of ids like this one")
+    sub.add_argument("--key-file", help="file with the key (default: the environment's MEDSSL_PSEUDONYM_KEY)")
     sub.add_argument("--json", action="store_true", help="print it for machines")
     sub = command("stop", _stop, "stop a job in order: its step, a checkpoint, then out")
     sub.add_argument("job", help="a job, or a study")
@@ -134,6 +141,18 @@ def _stop(arguments: argparse.Namespace) -> int:
     print(f"medssl: stopping job {job.id}: its step and a checkpoint first", file=sys.stderr)
     found = stop(server, job)
     print(f"job {found.id}: {found.status}; the study goes on where it is when it is submitted again")
+    return 0
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    from medssl.cli import store_uri
+    from medssl.datasets.pseudonyms import read_key
+    from medssl.forgetting import forget
+    from medssl.store import open_store
+
+    key = read_key(arguments.key_file) if arguments.pseudonymise or arguments.key_file else None
+    done = forget(arguments.patient, arguments.dataset, open_store(store_uri(arguments.store)), key)
+    print(json.dumps(done.to_json()) if arguments.json else done.to_text())
     return 0
 
 

@@ -86,7 +86,7 @@ def find_leftovers(store: Store, drop: Sequence[str] = ()) -> Leftovers:
                 running[name] = owner
             continue
         try:
-            study = _study(store, name)
+            study = stored_study(store, name)
         except MedsslError as error:
             unreadable[name] = str(error)
             continue
@@ -154,7 +154,7 @@ def _current_report(study: Study) -> str | None:
         return None
 
 
-def _study(store: Store, name: str) -> Study | None:
+def stored_study(store: Store, name: str) -> Study | None:
     """The study as it was last started; None for the page of a recipe with several datasets."""
     place = store.sub(f"{STUDIES}/{name}")
     try:

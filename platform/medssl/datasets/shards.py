@@ -121,7 +121,7 @@ def write_shard(rows: pa.Table, store: Store) -> ShardResult:
                     pending, pending_bytes = [], 0
             if pending:
                 writer.write_table(_table(pending, schema))
-        entry = _publish(path, len(measured), store) if measured else None
+        entry = publish_shard(path, len(measured), store) if measured else None
     return ShardResult(entry, measured, rejected)
 
 
@@ -129,7 +129,8 @@ def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _publish(path: Path, rows: int, store: Store) -> ShardEntry:
+def publish_shard(path: Path, rows: int, store: Store) -> ShardEntry:
+    """Puts a shard's file into the dataset at `store`, named by its content."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     entry = ShardEntry(f"{SHARDS}/{sha256[:32]}.parquet", rows, path.stat().st_size, sha256)

@@ -22,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from medssl.artifacts import STUDIES, folder, read_marker
+from medssl.artifacts import STUDIES, folder, forgotten_note, read_marker
 from medssl.errors import DataError, MissingKey, RecipeError, nearest
 from medssl.networks.encoder import EncoderParams, build_encoder, feature_width, load_weights, save_weights
 from medssl.networks.own import is_own
@@ -51,6 +51,8 @@ class Exported:
     sha256: str
     non_commercial: tuple[str, ...]
     """Names of what the encoder was made from and may not be used commercially."""
+    warning: str | None = None
+    """What speaks against using it."""
 
     def to_json(self) -> dict[str, Any]:
         """The same for machines."""
@@ -59,6 +61,8 @@ class Exported:
     def to_text(self) -> str:
         """The files, and a warning about licences where there is one."""
         lines = [f"{self.path}: {self.encoder}, {self.features} features, sha256 {self.sha256}", f"{self.card}: its model card"]
+        if self.warning:
+            lines.insert(0, f"warning: {self.warning}")
         if self.non_commercial:
             lines.append(f"non-commercial: {', '.join(self.non_commercial)}; the licence is inherited, see the card")
         return "\n".join(lines)
@@ -109,7 +113,8 @@ def export(
     _write(out, data)
     _write(card, render_card(facts).encode())
     return Exported(
-        out, card, params.name, facts.features, facts.sha256, tuple(d.name for d in facts.data if d.non_commercial)
+        out, card, params.name, facts.features, facts.sha256, tuple(d.name for d in facts.data if d.non_commercial),
+        forgotten_note(store, artifact),
     )
 
 

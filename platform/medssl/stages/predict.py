@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from medssl.artifacts import ARTIFACTS, STUDIES, folder, read_marker
+from medssl.artifacts import ARTIFACTS, STUDIES, folder, forgotten_note, read_marker
 from medssl.calibration import apply_temperature
 from medssl.datasets.read import Decoding
 from medssl.errors import DataError, MissingKey, RecipeError, nearest
@@ -36,10 +36,13 @@ class Predictions:
     images: int
     rejected: list[tuple[str, str]]
     """Images that could not be read, with the reason."""
+    warning: str | None = None
+    """What speaks against using it."""
 
     def to_text(self) -> str:
-        """One line per rejected image, then the count."""
-        lines = [f"not predicted: {path}: {reason}" for path, reason in self.rejected]
+        """A warning where there is one, one line per rejected image, then the count."""
+        lines = [f"warning: {self.warning}"] if self.warning else []
+        lines += [f"not predicted: {path}: {reason}" for path, reason in self.rejected]
         return "\n".join([*lines, f"{self.images} images predicted, {len(self.rejected)} set aside: {self.path}"])
 
 
@@ -106,7 +109,7 @@ def predict(
     if calibrated and model.temperature is not None:
         found_NK = apply_temperature(found_NK, model.temperature, findings=model.findings).astype(np.float32)
     _write(out, kept, found_NK, model.classes, findings=model.findings)
-    return Predictions(out, len(kept), rejected)
+    return Predictions(out, len(kept), rejected, forgotten_note(store, name))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""`medssl forget`: a patient's images leave a dataset, and what was made with them is marked.
+
+The dataset is written anew without them, shard by shard, and its card last: until then it is whole as it was. Every artifact of
+every study of the store that knows the dataset gets a mark, since weights, features and scores cannot be freed of single images:
+`predict` and `export` say so, the next run makes everything anew under new names, and `medssl gc --delete` then removes the old.
+Copies outside the store are not reached: downloads, exports, decoded images in the nodes' caches; what is said at the end names
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from medssl.artifacts import FORGOTTEN, STUDIES
+from medssl.datasets.card import CARD, Provenance, build_card
+from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
+from medssl.datasets.leakage import audit_leakage
+from medssl.datasets.packed import packed_name
+from medssl.datasets.pseudonyms import pseudonym
+from medssl.datasets.shards import SHARDS, ShardEntry, publish_shard
+from medssl.errors import DataError, MedsslError
+from medssl.leases import Lease, lease
+from medssl.leftovers import needs, stored_study
+from medssl.store import Store
+
+PACKED = "packed"
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What was removed and marked."""
+
+    dataset: str
+    images: int
+    artifacts: tuple[str, ...]
+    """Marked."""
+    studies: tuple[str, ...]
+    """Whose reports may still show the images, and have to be run again."""
+    unreadable: dict[str, str]
+    """Studies of which it cannot be told whether they used the dataset, and why."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for machines."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """For people: what was done, and what is left to do."""
+        lines = [f"{self.images} images removed from {self.dataset}; {len(self.artifacts)} artifacts marked"]
+        if self.studies:
+            lines.append(f"run again, then `medssl gc --delete`: {', '.join(self.studies)}")
+        lines += [f"study {name}: it cannot be told whether it used them ({why})" for name, why in self.unreadable.items()]
+        return "\n".join([*lines, "not reached: originals, downloads, exports, and decoded images in each node's MEDSSL_CACHE"])
+
+
+def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -> Forgotten:
+    """Removes the images of a patient from a dataset and marks what studies of `store` made of it.
+
+    Args:
+        patient: the id as the dataset has it; with `key` as it was before it was replaced by a keyed hash.
+        dataset: URI, or name in the store.
+
+    Raises:
+        DataError: there is no such dataset, or no image of the patient in it, or no other image would be left.
+    """
+    found = open_dataset(dataset_uri(dataset, store))
+    name = pseudonym(key, patient) if key is not None else patient
+    with lease(found.store, "ingest") as held:
+        found = open_dataset(found.uri)  # as it is now that nobody else writes it
+        gone = set(found.index().loc[found.index()["patient_id"] == name, "image_id"])
+        if not gone:
+            hint = "" if key is not None or not found.card["pseudonymised"] else ": its ids are keyed hashes, give the key"
+            raise DataError(f"no image in {found.uri} is of this patient{hint}")
+        if len(gone) == len(found):
+            raise DataError(f"all images in {found.uri} are of this patient: delete the folder")
+        artifacts, studies, unreadable = _derived(found, store)
+        _mark(store, found, len(gone), artifacts, studies)  # before the images go: a mark too many is no harm
+        _rewrite(found, gone, held)
+    store.delete_prefix(f"{PACKED}/{packed_name(found)}")
+    return Forgotten(found.uri, len(gone), tuple(sorted(artifacts)), tuple(sorted(studies)), unreadable)
+
+
+def _derived(dataset: Dataset, store: Store) -> tuple[set[str], set[str], dict[str, str]]:
+    """Artifacts and studies that know the dataset, and studies that cannot be read."""
+    artifacts, studies, unreadable = set[str](), set[str](), dict[str, str]()
+    for name in sorted({entry.key.split("/")[1] for entry in store.list(f"{STUDIES}/") if entry.key.count("/") >= 2}):
+        try:
+            study = stored_study(store, name)
+        except MedsslError as error:
+            unreadable[name] = str(error)
+            continue
+        if study is not None and dataset.uri in {study.dataset.uri, *(other.uri for other in study.others.values())}:
+            studies.add(name)
+            artifacts |= {each for each in needs(study)[0] if study.is_finished_name(each)}
+    return artifacts, studies, unreadable
+
+
+def _mark(store: Store, dataset: Dataset, images: int, artifacts: set[str], studies: set[str]) -> None:
+    """The mark tells of how many images and when, not of whom."""
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    data = json.dumps({"dataset": dataset.name, "images": images, "day": day}).encode()
+    for name in (*artifacts, *studies):
+        store.write(f"{FORGOTTEN}/{name}.json", data)
+
+
+def _rewrite(dataset: Dataset, gone: set[str], held: Lease) -> None:
+    store, card = dataset.store, dataset.card
+    index = pq.read_table(io.BytesIO(store.read(card["index"]["path"])))
+    kept = index.filter(pc.invert(pc.is_in(index["image_id"], pa.array(sorted(gone), pa.string()))))
+    entries = [entry for shard in card["shards"] if (entry := _without(store, shard, gone)) is not None]
+    out = io.BytesIO()
+    pq.write_table(kept, out, compression="zstd")
+    sha256 = hashlib.sha256(out.getvalue()).hexdigest()
+    path = f"index-{sha256[:20]}.parquet"
+    store.write(path, out.getvalue())
+    columns = {name: kept[name].to_pylist() for name in ("patient_id", "bag_id", "split")}
+    provenance = Provenance(
+        name=card["name"], licence=card["licence"], synthetic=card["synthetic"], split_seed=card["split_seed"],
+        split_shares=card["split_shares"], leakage=audit_leakage(columns["patient_id"], columns["bag_id"], columns["split"]),
+        leakage_allowed=card["leakage"]["allowed"], pseudonymised_columns=card["pseudonymised_columns"],
+        rejected=card["rejected"], rejected_list=card["rejected_list"], held_out=card.get("held_out"), layout=card.get("layout"),
+    )  # fmt: skip
+    held.check()
+    store.write(CARD, json.dumps(build_card(kept, entries, path, sha256, provenance), indent=1, ensure_ascii=False).encode())
+    named = {entry.path for entry in entries} | {path}
+    for old in (*(entry.key for entry in store.list(f"{SHARDS}/")), *(entry.key for entry in store.list("index-"))):
+        if old not in named:
+            store.delete(old)
+
+
+def _without(store: Store, shard: dict[str, Any], gone: set[str]) -> ShardEntry | None:
+    """The shard without these images: itself where it has none of them, None where it has no others."""
+    entry = ShardEntry(**shard)
+    table = pq.read_table(io.BytesIO(store.read(entry.path)))
+    left = table.filter(pc.invert(pc.is_in(table["image_id"], pa.array(sorted(gone), pa.string()))))
+    if len(left) == len(table):
+        return entry
+    if not len(left):
+        return None
+    with tempfile.TemporaryDirectory(prefix="medssl-shard-") as scratch:
+        path = Path(scratch) / "shard.parquet"
+        names = [name for name in left.schema.names if name != "image"]
+        pq.write_table(left, path, compression="zstd", use_dictionary=names, write_statistics=names)
+        return publish_shard(path, len(left), store)
