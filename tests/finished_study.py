@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,13 @@ def fields(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def write_dataset(place: Path, store: Store, images: int = 80) -> None:
-    """Grey pictures in two shards; image n is of patient n // 2, and of the class that n // 2 gives."""
+def write_dataset(
+    place: Path, store: Store, images: int = 80, patient: Callable[[str], str] = str, pseudonymised: Sequence[str] = ()
+) -> None:
+    """Grey pictures in two shards; image n is of patient n // 2, and of the class that n // 2 gives.
+
+    `patient` makes another id of `p3`; `pseudonymised` columns are in the card.
+    """
     uris = []
     for n in range(images):
         path = place / f"{n:03d}.png"
@@ -57,14 +62,14 @@ def write_dataset(place: Path, store: Store, images: int = 80) -> None:
         uris.append(str(path))
     rows = build_rows(
         uris, [Path(uri).name for uri in uris], labels=[[CLASSES[n // 2 % 2]] for n in range(images)],
-        patient_ids=[f"p{n // 2}" for n in range(images)],
+        patient_ids=[patient(f"p{n // 2}") for n in range(images)],
         splits=[("train", "val", "test", "test")[n // 4 % 4] for n in range(images)],
         further=pa.table({"site": [f"site {n // 4 % 3}" for n in range(images)]}),
     )  # fmt: skip
     results = [write_shard(rows.slice(0, 37), store), write_shard(rows.slice(37), store)]
     index = _index(rows, results)
     data = _parquet_bytes(index)
-    provenance = Provenance("squares", "CC0", True, None, None, Leakage({}, {}), False)
+    provenance = Provenance("squares", "CC0", True, None, None, Leakage({}, {}), False, list(pseudonymised))
     card = build_card(index, [r.entry for r in results if r.entry], "index.parquet", hashlib.sha256(data).hexdigest(), provenance)
     store.write("index.parquet", data)
     store.write(CARD, json.dumps(card).encode())

@@ -20,7 +20,7 @@ LEVELS = {
     " lineage forms streams rows bag_rows",
     3: "stages",
     4: "claims costs comparing judging shifting guards checks pictures results runner study family quickstart starter"
-    " job_server submit leftovers forgetting",
+    " job_server submit leftovers forgetting usage",
     5: "console cli cli_jobs __main__",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}

@@ -1,4 +1,4 @@
-"""The commands of those who run a cluster and its store: submit, jobs, logs, stop, gc, forget."""
+"""The commands of those who run a cluster and its store: submit, jobs, logs, stop, usage, gc, forget."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ def add_commands(command: Command, add_study: Callable[[argparse.ArgumentParser]
     sub.add_argument("store", help="the store's URI")
     sub.add_argument("--drop", action="append", default=[], metavar="STUDY", help="a study that is not needed any more")
     sub.add_argument("--delete", action="store_true", help="remove what is listed")
+    sub.add_argument("--json", action="store_true", help="print it for machines")
+    sub = command("usage", _usage, "hours that runs took in a store, by study and submitter")
+    sub.add_argument("store", help="the store's URI")
     sub.add_argument("--json", action="store_true", help="print it for machines")
     sub = command("forget", _forget, "remove a patient's images from a dataset, and mark what was made with them")
     sub.add_argument("patient", help="the patient's id")
@@ -141,6 +144,21 @@ def _stop(arguments: argparse.Namespace) -> int:
     print(f"medssl: stopping job {job.id}: its step and a checkpoint first", file=sys.stderr)
     found = stop(server, job)
     print(f"job {found.id}: {found.status}; the study goes on where it is when it is submitted again")
+    return 0
+
+
+def _usage(arguments: argparse.Namespace) -> int:
+    from medssl.store import open_store
+    from medssl.usage import summed
+
+    rows = summed(open_store(arguments.store))
+    if arguments.json:
+        print(json.dumps(rows))
+        return 0
+    print(f"{'study':<32}{'submitter':<28}{'runs':>5}{'hours':>10}{'CPU hours':>11}{'GPU hours':>11}")
+    for row in rows:
+        sums = f"{row['runs']:>5}{row['hours']:>10.2f}{row['cpu_hours']:>11.2f}{row['gpu_hours']:>11.2f}"
+        print(f"{row['study']:<32}{row['submitter']:<28}{sums}")
     return 0
 
 

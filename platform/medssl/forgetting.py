@@ -1,10 +1,10 @@
 """`medssl forget`: a patient's images leave a dataset, and what was made with them is marked.
 
 The dataset is written anew without them, shard by shard, and its card last: until then it is whole as it was. Every artifact of
-every study of the store that knows the dataset gets a mark, since weights, features and scores cannot be freed of single images:
-`predict` and `export` say so, the next run makes everything anew under new names, and `medssl gc --delete` then removes the old.
-Copies outside the store are not reached: downloads, exports, decoded images in the nodes' caches; what is said at the end names
-them.
+every study of the store that was made with them (and would have another name without) gets a mark, since weights, features and
+scores cannot be freed of single images: `predict` and `export` say so, the next run makes everything anew under new names, and
+`medssl gc --delete` then removes the old. Copies outside the store are not reached: downloads, exports, decoded images in the
+nodes' caches; what is said at the end names them.
 """
 
 from __future__ import annotations
@@ -84,8 +84,11 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
         if len(gone) == len(found):
             raise DataError(f"all images in {found.uri} are of this patient: delete the folder")
         artifacts, studies, unreadable = _derived(found, store)
-        _mark(store, found, len(gone), artifacts, studies)  # before the images go: a mark too many is no harm
+        _mark(store, found, len(gone), artifacts, studies)  # before the images go: broken off, a mark too many is no harm
         _rewrite(found, gone, held)
+        for same in artifacts & _derived(open_dataset(found.uri), store)[0]:  # of other images: it is what it would be made again
+            store.delete(f"{FORGOTTEN}/{same}.json")
+            artifacts.remove(same)
     store.delete_prefix(f"{PACKED}/{packed_name(found)}")
     return Forgotten(found.uri, len(gone), tuple(sorted(artifacts)), tuple(sorted(studies)), unreadable)
 

@@ -37,18 +37,21 @@ from medssl.stages.shown import labels_shown
 from medssl.stages.side_by_side import SideBySide
 from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec
 from medssl.stages.transfer import TransferTask, run_transfers
-from medssl.stages.trials import shared_out
+from medssl.stages.trials import concurrent_trials, shared_out
 from medssl.study import Pending, Study
 from medssl.training.monitor import Watched, watch_findings
+from medssl.usage import Recorder
 
 
 class Runner:
     """Runs one study; Ray and the decoded images come up with the first stage that needs them."""
 
-    def __init__(self, study: Study, stack: ExitStack, address: str | None, held: Lease | None = None) -> None:
+    def __init__(
+        self, study: Study, stack: ExitStack, address: str | None, held: Lease | None = None, usage: Recorder | None = None
+    ) -> None:
         self.study = study
         self._held = [held] if held else []  # the leases that must be ours when something is published
-        self._stack = stack
+        self._stack, self._usage = stack, usage
         self._is_connected = False
         self._address = address
         self._decoded: dict[str, dict[str, Any]] = {}
@@ -334,6 +337,8 @@ class Runner:
             )  # fmt: skip
             self._stack.enter_context(ray)
             self._is_connected = True
+            if self._usage is not None:
+                self._usage.slots = concurrent_trials(compute)
 
     @cached_property
     def context(self) -> Context:

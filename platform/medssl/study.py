@@ -35,6 +35,7 @@ from medssl.shifting import artifact_names, transfers
 from medssl.stages.initial import weights_digests
 from medssl.stages.specs import Cell, Spec, Specs
 from medssl.store import Store, open_for_writing
+from medssl.usage import recorded
 
 
 @dataclass(frozen=True)
@@ -342,7 +343,9 @@ def run(
     with _study_lease(study) as held:
         study.refresh()
         with ExitStack() as stack:
-            return Runner(study, stack, address, held).run(rebuild_report=rebuild_report)
+            recorder = stack.enter_context(recorded(study.store, loaded.study, loaded.compute, study.emit))
+            study.emit = recorder.on_event
+            return Runner(study, stack, address, held, recorder).run(rebuild_report=rebuild_report)
 
 
 def report(

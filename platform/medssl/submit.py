@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import os
 import re
 import shlex
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +27,7 @@ from medssl.errors import MedsslError, RecipeError
 from medssl.job_server import ClusterError, Job, JobServer
 from medssl.recipe_file import Family, load_all
 from medssl.store import split_uri
+from medssl.usage import SUBMITTER_VARIABLE, submitter
 
 STOP_SECONDS = 600
 """How long a job that is stopped may take for its step and checkpoint before Ray kills it."""
@@ -99,7 +98,7 @@ def submit(
                 f"for it, stop it (medssl stop {running.id}), or give this study another name"
             )
         return Submitted(running.id, attached=True)
-    metadata = {STUDY: name, STORE: store, RECIPE: digest, SUBMITTER: f"{_user()}@{socket.gethostname()}"}
+    metadata = {STUDY: name, STORE: store, RECIPE: digest, SUBMITTER: submitter()}
     command = ["python", "-m", "medssl.cli", "run", RECIPE_FILE, "--store", store]
     command += [word for override in overrides for word in ("--set", override)]
     with tempfile.TemporaryDirectory(prefix="medssl-job-") as folder:
@@ -245,7 +244,10 @@ def _send(
     runtime_env = {
         "working_dir": str(folder),
         "py_modules": [str(Path(medssl.__file__).resolve().parent)],
-        "env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **variables},
+        "env_vars": {
+            "PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), SUBMITTER_VARIABLE: metadata[SUBMITTER],
+            **variables,
+        },
         "excludes": ["__pycache__", "*.pyc"],
     }
     try:
@@ -301,10 +303,3 @@ def _patiently(ask: Callable[[], Any]) -> Any:
             if "no Ray cluster answers" not in str(error) or time.monotonic() > end:
                 raise
         time.sleep(2.0)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        return str(os.getuid())

@@ -1,0 +1,132 @@
+"""`medssl forget`: the images are in no byte of the dataset any more, the rest is as it was, and what knew them is marked."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from tests.finished_study import make, write_dataset
+
+from medssl.artifacts import finished, forgotten_note
+from medssl.cli import main
+from medssl.datasets.dataset import open_dataset
+from medssl.datasets.pseudonyms import pseudonym
+from medssl.errors import DataError, LeaseHeld
+from medssl.forgetting import forget
+from medssl.leases import Lease
+from medssl.leftovers import needs, remember
+from medssl.store import Store
+from medssl.study import Study
+
+KEY = b"0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    made = make(tmp_path)
+    remember(made)
+    return made
+
+
+def stored_images(store: Store) -> dict[str, bytes]:
+    """Every image of the dataset by its id, read from the shards that the card names."""
+    found = {}
+    for shard in open_dataset(store.uri_of("datasets/squares")).shards:
+        table = pq.read_table(io.BytesIO(store.read(f"datasets/squares/{shard.path}")))
+        found |= dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    return found
+
+
+def test_a_patients_images_are_gone_and_the_rest_is_as_it_was(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    store = study.store
+    before, old = stored_images(store), open_dataset(store.uri_of("datasets/squares"))
+    index = old.index()
+    gone = set(index[index["patient_id"] == "p3"]["image_id"])
+    assert len(gone) == 2
+    assert main(["forget", "p3", "--dataset", "datasets/squares", "--store", store.uri]) == 0
+    said = capsys.readouterr().out
+    assert f"2 images removed from {old.uri}; {len(store.list('forgotten/')) - 1} artifacts marked" in said
+    assert "run again, then `medssl gc --delete`: finished" in said and "MEDSSL_CACHE" in said
+
+    new = open_dataset(old.uri)
+    assert stored_images(store) == {name: data for name, data in before.items() if name not in gone}
+    kept = index[~index["image_id"].isin(gone)].reset_index(drop=True)
+    assert new.index().equals(kept)
+    assert new.card["images"] == 78 and new.card["patients"] == old.card["patients"] - 1
+    assert sum(new.card["splits"].values()) == 78 and new.images_digest != old.images_digest
+    assert new.card["licence"] == "CC0" and new.card["synthetic"] is True
+    everything = b"".join(store.read(f"datasets/squares/{entry.key}") for entry in store.sub("datasets/squares").list())
+    for name in gone:
+        assert before[name] not in everything
+    untouched = {shard.path for shard in old.shards} & {shard.path for shard in new.shards}
+    assert len(untouched) == 1, "the shard without images of the patient is the same object"
+
+
+def test_what_was_made_with_them_is_marked_and_made_anew_under_other_names(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, artifacts = study.store, finished(study.store)
+    assert all(forgotten_note(store, name) is None for name in artifacts)
+    assert main(["forget", "p3", "--dataset", "datasets/squares", "--store", store.uri, "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    again = Study(study.recipe, store)
+    valid = {name for name in artifacts if name in needs(again)[0]}
+    assert {name.rpartition("-")[0] for name in valid} == {"initialise"}, "p3 is a validation patient: no encoder has seen it"
+    assert set(done["artifacts"]) == artifacts - valid and done["studies"] == ["finished"] and done["images"] == 2
+    assert all(forgotten_note(store, name) is None for name in valid)
+    for name in artifacts - valid:
+        note = forgotten_note(store, name)
+        assert note is not None and note.startswith(f"{name} was made with 2 images of squares that were removed on 20")
+    marks = b"".join(store.read(entry.key) for entry in store.list("forgotten/"))
+    assert b"p3" not in marks
+    assert main(["gc", store.uri, "--delete"]) == 0
+    assert finished(store) == valid
+
+
+def test_who_is_not_there_changes_nothing(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    store = study.store
+    before = {entry.key: store.read(entry.key) for entry in store.list() if not entry.key.startswith("leases/")}
+    for arguments, words in (
+        (["p99", "--dataset", "datasets/squares"], "no image in"),
+        (["p3", "--dataset", "datasets/none"], "there is no dataset at"),
+    ):
+        assert main(["forget", *arguments, "--store", store.uri]) == 2
+        said = capsys.readouterr()
+        assert words in said.err and said.err.count("\n") == 1 and said.out == ""
+    kept = {e.key: store.read(e.key) for e in store.list() if "leases/" not in e.key}
+    assert kept == {key: data for key, data in before.items() if "leases/" not in key}
+
+
+def test_a_broken_off_removal_leaves_the_dataset_whole(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, before = study.store, stored_images(study.store)
+
+    def lost(self: Lease) -> None:
+        raise LeaseHeld("taken over")
+
+    monkeypatch.setattr(Lease, "check", lost)
+    with pytest.raises(LeaseHeld):
+        forget("p3", "datasets/squares", store)
+    assert stored_images(store) == before and len(open_dataset(store.uri_of("datasets/squares")).index()) == 80
+    monkeypatch.undo()
+    assert forget("p3", "datasets/squares", store).images == 2
+
+
+def test_keyed_hashes_are_found_by_the_key(study: Study, tmp_path: Path) -> None:
+    store, place = study.store, tmp_path / "hashed"
+    place.mkdir()
+    write_dataset(place, store.sub("datasets/hashed"), patient=lambda name: pseudonym(KEY, name), pseudonymised=["patient_id"])
+    with pytest.raises(DataError, match="is of this patient: its ids are keyed hashes, give the key"):
+        forget("p3", "datasets/hashed", store)
+    done = forget("p3", "datasets/hashed", store, KEY)
+    assert done.images == 2 and not done.artifacts, "no study knows this dataset"
+    assert open_dataset(store.uri_of("datasets/hashed")).card["pseudonymised_columns"] == ["patient_id"]
+
+
+def test_studies_that_cannot_be_read_are_named(study: Study) -> None:
+    study.store.write("studies/other/planned.json", b"{}")
+    done = forget("p3", "datasets/squares", study.store)
+    assert set(done.unreadable) == {"other"} and done.studies == ("finished",)
+    assert "it cannot be told whether it used them" in done.to_text()
