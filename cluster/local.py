@@ -114,6 +114,7 @@ class Cluster:
 
     def _ray(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1", *arguments]
+        command.append(f"--dashboard-agent-listen-port={free_port()}")  # jobs go through it: one for each node of the machine
         further = {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",

@@ -36,6 +36,8 @@ PUBLIC: dict[str, tuple[Sequence[str], int]] = {
 """Classes and images of the public datasets that the recipes in jobs/ name."""
 FINDINGS: dict[str, tuple[Sequence[str], int]] = {"chexpert": (CHEXPERT, 223_648), "nih14": (NIH, 112_120)}
 """The same of those with findings."""
+FURTHER: dict[str, Sequence[str]] = {"cxr": ("covid19", "bacterial")}
+"""Findings of those that have classes too."""
 _FEWEST = 1500
 """Images that are left of a scaled dataset: batches and neighbours ask for hundreds."""
 
@@ -83,4 +85,5 @@ def write_public(store: Store, name: str, scale: float = 1.0) -> None:
         columns = {finding: generator.integers(0, 2, total) for finding in classes}
         write_index(store, [None] * total, chosen, columns)
     else:
-        write_index(store, [classes[pair % len(classes)] for pair in pairs], chosen)
+        further = {finding: (pairs + n) % 2 for n, finding in enumerate(FURTHER.get(name, ()))}
+        write_index(store, [classes[pair % len(classes)] for pair in pairs], chosen, further)

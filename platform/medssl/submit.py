@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -250,15 +251,20 @@ def _send(
         },
         "excludes": ["__pycache__", "*.pyc"],
     }
-    try:
-        client = _client(server)
-        client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env, metadata=dict(metadata))
-    except (RuntimeError, ConnectionError, ValueError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        if "already" in str(error) and any(job.id == name for job in server.jobs()):
-            return Submitted(name, attached=True)
-        raise ClusterError(f"{server.address} did not take the job ({(lines or ['no reason given'])[-1][:300]})") from None
-    return Submitted(name, attached=False)
+    end = time.monotonic() + _RECONNECT_SECONDS
+    while True:
+        try:
+            client = _client(server)
+            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env, metadata=dict(metadata))
+            return Submitted(name, attached=False)
+        except (RuntimeError, ConnectionError, ValueError) as error:
+            if "No available agent" in str(error) and time.monotonic() < end:  # a head that has only just come up
+                time.sleep(2.0)
+                continue
+            if "already" in str(error) and any(job.id == name for job in server.jobs()):
+                return Submitted(name, attached=True)
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise ClusterError(f"{server.address} did not take the job ({(lines or ['no reason given'])[-1][:300]})") from None
 
 
 def _client(server: JobServer) -> Any:
@@ -268,6 +274,7 @@ def _client(server: JobServer) -> Any:
         from ray.job_submission import JobSubmissionClient
     except ImportError:
         raise MedsslError("submitting jobs needs Ray's job client: pip install 'medssl[cluster]'") from None
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
     return JobSubmissionClient(server.address, headers=server.headers)
 
 

@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import time
+import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from medssl.store import Store, open_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 EPOCHS = 60
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def wait(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
@@ -52,6 +55,7 @@ def study(ray_session: Any, cluster: Cluster, tmp_path_factory: pytest.TempPathF
     tiny.ingest(folder / "drawn", f"{cluster.store}/datasets/lesions")
     fields = tiny.pretraining_only(study="on-a-cluster")
     fields["arms"] = [fields["arms"][0] | {"epochs": EPOCHS}]
+    fields["protocols"][0]["search"] = {"learning_rate": [0.003, 0.01], "weight_decay": [0.01], "head_seeds": 1}
     return tiny.write(folder / "study.yaml", fields)
 
 
@@ -147,12 +151,37 @@ def test_a_study_is_stopped_resubmitted_and_loses_a_node(cluster: Cluster, study
     assert done.returncode == 0 and "nothing to do" in done.stdout
 
 
+def test_every_panel_shows_something_of_that_run(cluster: Cluster) -> None:
+    """Prometheus, which scraped the cluster all along, has data for every expression of the dashboards."""
+    if cluster.prometheus is None:
+        pytest.skip("no prometheus: apt-get install -y --no-install-recommends prometheus")
+    asked = {}
+    for path in sorted((ROOT / "dashboards" / "grafana").glob("*.json")):
+        for panel in json.loads(path.read_text())["panels"]:
+            for target in panel["targets"]:
+                asked[f"{path.stem}: {panel['title']}"] = target["expr"].replace("$study", ".*")
+    assert len(asked) > 30
+    now = time.time()
+    asked_of = {"start": now - 1800, "end": now, "step": 5}
+    shown = {title: prometheus(cluster, "query_range", query=text, **asked_of)["result"] for title, text in asked.items()}
+    assert not [title for title, found in shown.items() if not found]
+    rules = prometheus(cluster, "rules")["groups"][0]["rules"]
+    assert len(rules) == 7 and {rule["health"] for rule in rules} == {"ok"}
+
+
 def test_no_secret_is_in_what_the_cluster_shows(cluster: Cluster, study: Path) -> None:
     server = JobServer(cluster.dashboard, cluster.token_file.read_text())
     shown = server._request("GET", "/api/jobs/", 30).decode() + "".join(server.logs(job.id) for job in server.jobs())
     assert "on-a-cluster" in shown
     for secret in (os.environ["AWS_SECRET_ACCESS_KEY"], cluster.token_file.read_text()):
         assert secret not in shown
+
+
+def prometheus(cluster: Cluster, what: str, **asked: Any) -> Any:
+    """The data of one request to the cluster's Prometheus."""
+    url = f"http://127.0.0.1:{cluster.prometheus_port}/api/v1/{what}?{urllib.parse.urlencode(asked)}"
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return json.load(answer)["data"]
 
 
 def trains(node: subprocess.Popen[bytes]) -> bool:

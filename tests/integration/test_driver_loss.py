@@ -160,17 +160,17 @@ def test_sigterm_ends_a_pretraining_in_order(ray_session: Any, recipe: Path, tmp
 
 
 def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_session: Any, tmp_path: Path) -> None:
-    """Two searches of six fine-tunings are under way at once when the driver is lost."""
+    """Two searches of three fine-tunings are under way at once when the driver is lost."""
     store_uri = str(tmp_path / "store")
     tiny.ingest(tmp_path / "drawn", f"{store_uri}/datasets/lesions")
     whole = tiny.recipe()
-    rates = [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]
+    rates = [0.0003, 0.003, 0.03]
     tuned = whole["protocols"][1] | {
         "head_seeds": 1, "training": {"epochs": 1}, "search": {"learning_rate": rates, "weight_decay": [0.0], "head_seeds": 1},
     }  # fmt: skip
     arms = [{"name": "small"}, {"name": "smaller", "encoder": {"name": "test_resnet", "image_px": 24}}]
     repeats = {"pretraining_seeds": 1, "label_draws": 1, "labels": 40}
-    compute = {"workers": 4, "concurrent_trials": 8}
+    compute = {"workers": 2, "concurrent_trials": 4}
     fields = tiny.recipe(arms=arms, repeats=repeats, protocols=[tuned], comparisons=[], compute=compute)
     command = tiny.command("run", str(tiny.write(tmp_path / "study.yaml", fields)), "--store", store_uri)
     store = open_store(store_uri, create=True)
@@ -190,9 +190,9 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
     wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
     assert "2 searches, 2 at once" in (tmp_path / "first.txt").read_text()
     before = scored()
-    assert len(before) < 12 and not [name for name in finished(store) if name.startswith("search-")]
+    assert len(before) < 6 and not [name for name in finished(store) if name.startswith("search-")]
     again = tiny.medssl(*command[3:])
     after = scored()
-    assert len(after) == 12 and {key: after[key] for key in before} == before
+    assert len(after) == 6 and {key: after[key] for key in before} == before
     assert "2 searches, 2 at once" in again.stderr
     assert sum(name.startswith("search-") for name in finished(store)) == 2

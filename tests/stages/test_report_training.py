@@ -22,7 +22,7 @@ from medssl.stages.report_facts import bag_counts, dataset_facts, monitors, rang
 from medssl.stages.report_tuning import tuning_frame
 from medssl.stages.specs import Spec
 from medssl.store import Store, open_store
-from medssl.training import loop
+from medssl.training import loop, signals
 from medssl.training.bags import Bags
 from medssl.training.finder import RangeTest, range_test
 
@@ -153,7 +153,7 @@ def test_a_real_range_test_is_drawn() -> None:
 
 
 def test_limits_are_the_loops() -> None:
-    assert (report_words.COLLAPSED_STD, report_words.COLLAPSED_RANK) == (loop._COLLAPSED_STD, loop._COLLAPSED_RANK)
+    assert (report_words.COLLAPSED_STD, report_words.COLLAPSED_RANK) == (signals._COLLAPSED_STD, signals._COLLAPSED_RANK)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ def connected(
         with sigterm_handled() if ours else nullcontext(), _grown(cpus + SPARE_CPUS, gpus, wait_minutes, tell):
             _require_cpus(cpus)
             require_gpus(gpus)
+            _tell_of_a_queue(cpus + SPARE_CPUS, gpus, tell)
             export()
             yield
     finally:
@@ -78,6 +79,18 @@ def _grown(cpus: int, gpus: float, minutes: float, tell: Callable[[str], None]) 
         yield
     finally:
         request_resources(bundles=[])
+
+
+def _tell_of_a_queue(cpus: int, gpus: float, tell: Callable[[str], None]) -> None:
+    """Ray waits without a word for what others have taken; here it is said."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    for name, amount in (("GPU", gpus), ("CPU", float(cpus))):
+        if amount > free.get(name, 0):
+            tell(
+                f"the cluster is busy: {free.get(name, 0):g} of its {total.get(name, 0):g} {name}s are free and the run takes "
+                f"{amount:g}; it waits for the others to end"
+            )
+            return
 
 
 def _require_cpus(cpus: int) -> None:
