@@ -48,6 +48,7 @@ class Cluster:
         self.gcs_port = free_port()
         self.token_file = folder / "token"
         self.nodes: list[subprocess.Popen[bytes]] = []
+        self._started = 0
         self.head: subprocess.Popen[bytes] | None = None
         self.prometheus: subprocess.Popen[bytes] | None = None
         self.prometheus_port = free_port()
@@ -93,7 +94,8 @@ class Cluster:
 
     def add_node(self) -> subprocess.Popen[bytes]:
         """Starts one more worker node."""
-        node = self._ray(f"node-{len(self.nodes)}", [f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={self._cpus}"])
+        self._started += 1
+        node = self._ray(f"node-{self._started}", [f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={self._cpus}"])
         self.nodes.append(node)
         return node
 
@@ -116,6 +118,7 @@ class Cluster:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1", *arguments]
         command.append(f"--dashboard-agent-listen-port={free_port()}")  # jobs go through it: one for each node of the machine
         further = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # a job's `python` is this one
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
             "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{self.prometheus_port}",

@@ -26,7 +26,7 @@ from medssl.job_server import JobServer
 from medssl.store import Store, open_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
-EPOCHS = 60
+EPOCHS = 40
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -138,7 +138,7 @@ def test_a_study_is_stopped_resubmitted_and_loses_a_node(cluster: Cluster, study
     cluster.add_node()
     printed, errors = follower.communicate(timeout=600)
     assert follower.returncode == 0, printed + errors
-    assert re.search(r"job on-a-cluster-[0-9a-f]{8}-2 submitted", errors) and "left with 0" in errors
+    assert re.search(r"job on-a-cluster-[0-9a-f]{8}-\d+ submitted", errors) and "left with 0" in errors
     assert "report.html" in printed and store.exists("studies/on-a-cluster/report.html")
     assert losses(store) == losses(calm)
     marker = read_marker(store, next(n for n in finished(store) if n.startswith("pretrain-")))

@@ -33,7 +33,7 @@ from medssl.rows import open_resident
 from medssl.stages.cluster import require_gpus
 from medssl.stages.exporter import export
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
-from medssl.stages.progress import OnProgress, Report, board
+from medssl.stages.progress import OnProgress, Report, answered, board
 from medssl.stages.specs import Spec
 from medssl.stopping import Stopped, orderly_stop
 from medssl.store import Store, open_store
@@ -244,10 +244,10 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
         nonlocal answer
         if process.rank != 0:
             return False
-        wanted = answer is not None and bool(ray.wait([answer], timeout=0)[0]) and ray.get(answer)
+        wanted = answer is not None and answered(answer)
         note = f"{progress.note}, {monitor.note}" if monitor and monitor.note else progress.note
         answer = handle.post.remote("pretrain", Report(progress.images, progress.total_images, note))
-        return bool(wanted)
+        return wanted
 
     result = pretrain(
         plan, feed, process, output,

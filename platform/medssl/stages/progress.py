@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 OnProgress = Callable[[int, int, str], None]
 """Called with (done, total, note); done and total count images."""
@@ -48,13 +49,23 @@ class Board:
         return dict(self._reports)
 
 
+def answered(answer: Any) -> bool:
+    """Whether the answer to a report is there and says stop; one that is under way is not waited for, a lost board says nothing."""
+    try:
+        return bool(ray.wait([answer], timeout=0)[0]) and bool(ray.get(answer))
+    except ray.exceptions.RayError:
+        return False
+
+
 @contextmanager
 def board(
     on_progress: OnProgress | None, stop_wanted: threading.Event | None = None, poll_seconds: float = 0.5
 ) -> Iterator[Any]:
     """A board whose summed reports are handed to `on_progress` from a thread of this process; yields its actor handle. Once
     `stop_wanted` is set, workers are told so in answer to their reports."""
-    handle = Board.remote()  # type: ignore[attr-defined]
+    # On the driver's node: it is lost with the driver, not with a worker's node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    handle = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     over = threading.Event()
 
     def watch() -> None:
