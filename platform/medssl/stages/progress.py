@@ -50,7 +50,7 @@ class Board:
 
 
 def answered(answer: Any) -> bool:
-    """Whether the answer to a report is there and says stop; one that is under way is not waited for, a lost board says nothing."""
+    """Whether the answer to a report is there and says stop. Nothing waits for it, and a lost board says nothing."""
     try:
         return bool(ray.wait([answer], timeout=0)[0]) and bool(ray.get(answer))
     except ray.exceptions.RayError:
