@@ -8,6 +8,7 @@ by a guard process when the process that started them is killed. Run by hand wit
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -77,9 +78,10 @@ class Ceph:
     def __init__(self, folder: Path, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> None:
         self.folder = folder
         self._access_key, self._secret_key = access_key, secret_key
-        self.port = free_port()
-        self.endpoint = f"http://127.0.0.1:{self.port}"
         self._conf = folder / "ceph.conf"
+        known = re.search(r"endpoint=127\.0\.0\.1:(\d+)", self._conf.read_text()) if self._conf.exists() else None
+        self.port = int(known.group(1)) if known else free_port()  # of a folder that was used before: the port it had
+        self.endpoint = f"http://127.0.0.1:{self.port}"
         self._guard: subprocess.Popen[bytes] | None = None
 
     @property

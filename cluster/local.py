@@ -95,7 +95,9 @@ class Cluster:
     def add_node(self) -> subprocess.Popen[bytes]:
         """Starts one more worker node."""
         self._started += 1
-        node = self._ray(f"node-{self._started}", [f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={self._cpus}"])
+        # A folder of its own, as on a machine of its own: in a shared one a node unpacks a job's files anew under it.
+        folder = f"--temp-dir={self._ray_folder}/{self._started}"
+        node = self._ray(f"node-{self._started}", [f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={self._cpus}", folder])
         self.nodes.append(node)
         return node
 
