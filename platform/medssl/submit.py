@@ -274,7 +274,8 @@ def _client(server: JobServer) -> Any:
         from ray.job_submission import JobSubmissionClient
     except ImportError:
         raise MedsslError("submitting jobs needs Ray's job client: pip install 'medssl[cluster]'") from None
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):  # they tell of every package and connection
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     return JobSubmissionClient(server.address, headers=server.headers)
 
 

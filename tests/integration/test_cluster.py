@@ -25,7 +25,7 @@ from medssl.artifacts import finished, read_marker
 from medssl.job_server import JobServer
 from medssl.store import Store, open_store
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3]
+pytestmark = [pytest.mark.acceptance, pytest.mark.ray, pytest.mark.s3]  # ten minutes on a slow machine
 EPOCHS = 40
 ROOT = Path(__file__).resolve().parents[2]
 
