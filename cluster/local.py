@@ -109,6 +109,10 @@ class Cluster:
         if self.ceph is not None:
             self.ceph.stop()
         shutil.rmtree(self._ray_folder, ignore_errors=True)
+        note = Path("/tmp/ray/ray_current_cluster")  # where `ray.init()` without an address would look for this cluster
+        with contextlib.suppress(OSError):
+            if note.read_text().strip().endswith(f":{self.gcs_port}"):
+                note.unlink()
 
     def _secrets(self) -> dict[str, str]:
         path = self.folder / "secrets.json"

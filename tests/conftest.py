@@ -116,6 +116,6 @@ def fault_proxy(_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def ray_session() -> Iterator[Any]:
     """The session's only Ray: local, 6 logical CPUs. Yields the module `ray`."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=6, include_dashboard=False, object_store_memory=512 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=6, include_dashboard=False, object_store_memory=512 * 2**20, log_to_driver=False)
     yield ray
     ray.shutdown()
