@@ -136,7 +136,7 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
 
 def test_sigterm_ends_a_pretraining_in_order(ray_session: Any, recipe: Path, tmp_path: Path) -> None:
     """What a job's stop, a batch system and Kubernetes send: a checkpoint of the current step, then out with all workers."""
-    arguments = ["run", str(recipe), "--store", str(tmp_path / "store"), "--set", "arms.1.epochs=60"]
+    arguments = ["run", str(recipe), "--store", str(tmp_path / "store"), "--set", "arms.1.epochs=30"]
     store = open_store(str(tmp_path / "store"), create=True)
     with open(tmp_path / "log.txt", "w") as log:
         driver = subprocess.Popen(tiny.command(*arguments), stdout=log, stderr=log, env=tiny.environment())
