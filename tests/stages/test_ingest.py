@@ -286,14 +286,14 @@ import sys, time, ray
 import medssl.stages.ingest as stage
 from medssl.datasets import shards
 address, table, target, flag = sys.argv[1:]
-published, write = shards._publish, stage._write_shards
+published, write = shards.publish_shard, stage._write_shards
 def slow(path, rows, store):
     entry = published(path, rows, store)
     open(flag, "w").close()
     time.sleep(600)
     return entry
 def write_slowly(batch, **options):
-    shards._publish = slow
+    shards.publish_shard = slow
     yield from write(batch, **options)
 stage._write_shards = write_slowly
 ray.init(address=address, log_to_driver=False)
