@@ -84,7 +84,7 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
         if len(gone) == len(found):
             raise DataError(f"all images in {found.uri} are of this patient: delete the folder")
         artifacts, studies, unreadable = _derived(found, store)
-        _mark(store, found, len(gone), artifacts, studies)  # before the images go: broken off, a mark too many is no harm
+        _mark(store, found, len(gone), artifacts)  # before the images go: broken off, a mark too many is no harm
         _rewrite(found, gone, held)
         for same in artifacts & _derived(open_dataset(found.uri), store)[0]:  # of other images: it is what it would be made again
             store.delete(f"{FORGOTTEN}/{same}.json")
@@ -108,11 +108,11 @@ def _derived(dataset: Dataset, store: Store) -> tuple[set[str], set[str], dict[s
     return artifacts, studies, unreadable
 
 
-def _mark(store: Store, dataset: Dataset, images: int, artifacts: set[str], studies: set[str]) -> None:
+def _mark(store: Store, dataset: Dataset, images: int, artifacts: set[str]) -> None:
     """The mark tells of how many images and when, not of whom."""
     day = time.strftime("%Y-%m-%d", time.gmtime())
     data = json.dumps({"dataset": dataset.name, "images": images, "day": day}).encode()
-    for name in (*artifacts, *studies):
+    for name in artifacts:
         store.write(f"{FORGOTTEN}/{name}.json", data)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from medssl.artifacts import ARTIFACTS, STUDIES, finished, marker_key
+from medssl.artifacts import ARTIFACTS, FORGOTTEN, STUDIES, finished, marker_key
 from medssl.errors import LeaseHeld, MedsslError, MissingKey, RecipeError, StoreError, nearest
 from medssl.leases import lease
 from medssl.recipe import Recipe
@@ -118,6 +118,7 @@ def remove(store: Store, found: Leftovers) -> int:
         for artifact in found.artifacts:
             store.delete(marker_key(artifact.name))  # first: without its marker an artifact is none
             store.delete_prefix(f"{ARTIFACTS}/{artifact.name}")
+            store.delete(f"{FORGOTTEN}/{artifact.name}.json")
         for name in found.dropped:
             store.delete_prefix(f"{STUDIES}/{name}")
     return len(found.artifacts)

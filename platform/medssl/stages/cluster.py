@@ -13,7 +13,7 @@ import ray
 
 from medssl.compute import SPARE_CPUS
 from medssl.errors import MedsslError
-from medssl.stages.exporter import export
+from medssl.stages.exporter import export, stop_export
 from medssl.stopping import sigterm_handled
 
 _POLL_SECONDS = 2.0
@@ -52,6 +52,7 @@ def connected(
             yield
     finally:
         if ours:
+            stop_export()
             ray.shutdown()
 
 

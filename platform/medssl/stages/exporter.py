@@ -23,6 +23,10 @@ class _RayMetrics:
         if by > 0:  # Ray refuses to add nothing
             self._of(name).inc(by, tags=dict(labels))
 
+    def forget(self) -> None:
+        """Lets go of what was made."""
+        self._made.clear()
+
     def _of(self, name: str) -> Any:
         from ray.util import metrics
 
@@ -37,5 +41,11 @@ _metrics = _RayMetrics()
 
 
 def export() -> None:
-    """From now on, in this process. Ray's metrics live as long as the process, and so does what holds them."""
+    """From now on, in this process."""
     telemetry.send_to(_metrics)
+
+
+def stop_export() -> None:
+    """This process leaves its Ray, and its metrics with it: another Ray gets metrics of its own."""
+    telemetry.send_to(None)
+    _metrics.forget()
