@@ -48,17 +48,19 @@ def fields(**changes: Any) -> dict[str, Any]:
 
 
 def write_dataset(
-    place: Path, store: Store, images: int = 80, patient: Callable[[str], str] = str, pseudonymised: Sequence[str] = ()
+    place: Path, store: Store, images: int = 80, patient: Callable[[str], str] = str, pseudonymised: Sequence[str] = (),
+    blue: int = 0,
 ) -> None:
     """Grey pictures in two shards; image n is of patient n // 2, and of the class that n // 2 gives.
 
-    `patient` makes another id of `p3`; `pseudonymised` columns are in the card.
+    `patient` makes another id of `p3`; `pseudonymised` columns are in the card;
+    `blue` makes other pictures of them.
     """
     uris = []
     for n in range(images):
         path = place / f"{n:03d}.png"
         shade = SHADES[CLASSES[n // 2 % 2]]
-        Image.fromarray(np.full((20, 30, 3), (shade, n, n), np.uint8)).save(path)
+        Image.fromarray(np.full((20, 30, 3), (shade, n, n + blue), np.uint8)).save(path)
         uris.append(str(path))
     rows = build_rows(
         uris, [Path(uri).name for uri in uris], labels=[[CLASSES[n // 2 % 2]] for n in range(images)],

@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.finished_study import fields, make
+from tests.finished_study import evaluation, fields, finish, make, write_dataset
 
 from medssl.artifacts import finished
 from medssl.cli import main
 from medssl.leases import lease
 from medssl.leftovers import find_leftovers, needs, remember
 from medssl.recipe import Recipe
-from medssl.store import Store
+from medssl.shifting import features, transfers
+from medssl.store import Store, open_store
 from medssl.study import Study
 
 
@@ -128,6 +130,40 @@ def test_a_running_study_keeps_what_it_may_still_need(study: Study, capsys: pyte
         code, _, said = gc(store, "--drop", "finished", "--delete", capsys=capsys)
         assert code == 2 and "study 'finished' is being run by" in said
     assert needs(less)[0] & before <= finished(store)
+
+
+def test_searches_and_what_is_judged_elsewhere_are_needed_too(tmp_path: Path) -> None:
+    """Every kind of artifact that a study can have, made here one by one, in the order of a run."""
+    (tmp_path / "away").mkdir()
+    away = open_store(str(tmp_path / "store"), create=True).sub("datasets/away")
+    write_dataset(tmp_path / "away", away, blue=90)
+    first = fields()["protocols"][0]
+    searched = first | {"search": {"learning_rate": [0.01, 0.1], "weight_decay": [0.0]}}
+    changes = {"protocols": [searched], "shifted": [{"name": "away", "dataset": "datasets/away"}]}
+    study = make(tmp_path, changes)
+    remember(study)
+    made = {}
+    for arm, protocol in study.searches():
+        search = study.search_spec(arm, protocol)
+        assert search is not None
+        finish(study, search, {"trials.json": b"{}"}, {"best": {"learning_rate": 0.01, "weight_decay": 0.0}})
+        made[search.name] = "search"
+    for cell in study.specs.cells():
+        assert not needs(study)[1], "the names of what is judged elsewhere are not known yet"
+        for number, spec in (study.evaluations(cell) or {}).items():
+            evaluation(study, spec, number, np.random.default_rng(0))
+    for cell in study.specs.cells():
+        for shifted in study.specs.shifted.values():
+            found = features(study, cell.arm, cell.pretraining_seed, shifted)
+            assert found is not None
+            made[found.name] = "features"
+            for each in transfers(study, cell, shifted) or []:
+                made[each.spec.name] = "transfer"
+    assert set(made.values()) == {"search", "features", "transfer"}
+    for name in made:
+        study.store.write(f"artifacts/{name}/file", b"x")
+    assert set(made) <= needs(study)[0] and needs(study)[1]
+    assert not find_leftovers(study.store).artifacts
 
 
 def test_nothing_of_what_is_found_is_of_a_study_that_is_kept(study: Study) -> None:

@@ -215,7 +215,7 @@ def test_a_shuffle_buffer_larger_than_the_object_store(folder: Path, dataset: Da
 import sys
 import ray
 import torch
-ray.init(num_cpus=2, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=2, object_store_memory=80_000_000, include_dashboard=False, log_to_driver=False)
 from medssl.collectives import Process
 from medssl.datasets.read import Decoding
 from medssl.datasets.dataset import open_dataset

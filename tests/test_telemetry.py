@@ -71,6 +71,10 @@ def test_what_is_counted_before_anybody_listens_is_not_lost() -> None:
     telemetry.count("store_requests")
     telemetry.send_to(None)
     assert made.counters == {"store_requests": 4.0} and not made.gauges
+    later = Recorder()
+    telemetry.send_to(later)
+    telemetry.send_to(None)
+    assert not later.counters, "what was sent on is not sent again"
 
 
 def test_other_names_kinds_and_labels_are_refused(recorder: Recorder) -> None:

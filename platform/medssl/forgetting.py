@@ -135,10 +135,9 @@ def _rewrite(dataset: Dataset, gone: set[str], held: Lease) -> None:
     )  # fmt: skip
     held.check()
     store.write(CARD, json.dumps(build_card(kept, entries, path, sha256, provenance), indent=1, ensure_ascii=False).encode())
-    named = {entry.path for entry in entries} | {path}
-    for old in (*(entry.key for entry in store.list(f"{SHARDS}/")), *(entry.key for entry in store.list("index-"))):
-        if old not in named:
-            store.delete(old)
+    there = {entry.key for prefix in (f"{SHARDS}/", "index-") for entry in store.list(prefix)} | {card["index"]["path"]}
+    for old in there - {entry.path for entry in entries} - {path}:
+        store.delete(old)
 
 
 def _without(store: Store, shard: dict[str, Any], gone: set[str]) -> ShardEntry | None:

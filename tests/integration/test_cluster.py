@@ -11,15 +11,15 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import tiny
 from local import Cluster, kill_group
+from watched import TRAINING_WORKER, family, wait
 
 from medssl.artifacts import finished, read_marker
 from medssl.job_server import JobServer
@@ -28,13 +28,6 @@ from medssl.store import Store, open_store
 pytestmark = [pytest.mark.acceptance, pytest.mark.ray, pytest.mark.s3]  # ten minutes on a slow machine
 EPOCHS = 40
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def wait(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -186,4 +179,4 @@ def prometheus(cluster: Cluster, what: str, **asked: Any) -> Any:
 
 def trains(node: subprocess.Popen[bytes]) -> bool:
     """Whether a training worker is among a node's processes."""
-    return any("RayTrainWorker" in " ".join(p.cmdline()) for p in psutil.Process(node.pid).children(recursive=True))
+    return bool(family(node.pid, TRAINING_WORKER))

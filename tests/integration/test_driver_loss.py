@@ -8,8 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,12 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from watched import TRAINING_WORKER, alive, family, wait
 
 from medssl.artifacts import finished, read_marker
 from medssl.store import Store, open_store
 
 pytestmark = pytest.mark.ray
-
-
-def wait(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-
-
-def family(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +50,6 @@ def cluster() -> Iterator[tuple[str, int]]:
         for process in members:
             process.kill()
         psutil.wait_procs(members, timeout=20)
-
-
-def training_workers(root: int) -> list[psutil.Process]:
-    """Ray Train's workers below a process: the driver with a Ray of its own, or the head that it is attached to."""
-    workers = []
-    for process in family(root) if psutil.pid_exists(root) else []:
-        try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                workers.append(process)
-        except psutil.Error:
-            continue
-    return workers
 
 
 def marked_steps(store: Store) -> list[int]:
@@ -115,8 +88,8 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
         tiny.command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tiny.environment()
     )
     wait(lambda: any(step >= 4 for step in marked_steps(store)), "a checkpoint")
-    ours = family(driver.pid) + training_workers(head)
-    trainers = [p for p in alive(ours) if "RayTrainWorker" in " ".join(p.cmdline())]
+    ours = family(driver.pid) + family(head, TRAINING_WORKER)
+    trainers = alive(family(driver.pid, TRAINING_WORKER) + family(head, TRAINING_WORKER))
     assert trainers
     driver.send_signal(signal.SIGKILL)
     driver.wait()
@@ -128,7 +101,7 @@ def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: 
     assert "pretrain" in again.stderr and "initialise" not in again.stderr
     assert {key: store.read(key) for key in before} == before
     assert losses(store) == losses(calm)
-    assert not training_workers(head or os.getpid())
+    assert not family(head or os.getpid(), TRAINING_WORKER)
     assert finished(store) == finished(calm)
     # Ray's agents take a minute to go: the run again went on meanwhile
     wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
@@ -141,7 +114,7 @@ def test_sigterm_ends_a_pretraining_in_order(ray_session: Any, recipe: Path, tmp
     with open(tmp_path / "log.txt", "w") as log:
         driver = subprocess.Popen(tiny.command(*arguments), stdout=log, stderr=log, env=tiny.environment())
     wait(lambda: bool(marked_steps(store)), "the first checkpoint")
-    trainers = training_workers(driver.pid)
+    trainers = family(driver.pid, TRAINING_WORKER)
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(timeout=180) == 143
     said = (tmp_path / "log.txt").read_text()
@@ -183,7 +156,7 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
     with open(tmp_path / "first.txt", "w") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log, env=tiny.environment())
     wait(lambda: len({key.split("/")[1] for key in scored()}) == 2, "a finished trial of each search")
-    ours = [p for p in family(driver.pid) if "ImplicitFunc" in " ".join(p.cmdline())]  # trials; Ray's agents linger
+    ours = family(driver.pid, "ImplicitFunc")  # trials; Ray's agents linger
     assert ours
     driver.send_signal(signal.SIGKILL)
     driver.wait()

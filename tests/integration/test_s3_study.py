@@ -7,25 +7,18 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from watched import wait
 
 from medssl.artifacts import finished, read_marker
 from medssl.store import Store, open_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
-
-
-def wait(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from watched import TRAINING_WORKER, family
 
 from medssl.artifacts import finished
 from medssl.datasets.dataset import open_dataset
@@ -55,11 +56,6 @@ def history(store: Store) -> pd.DataFrame:
     return frame.sort_values(["step", "rank"]).reset_index(drop=True)
 
 
-def training_workers() -> list[psutil.Process]:
-    """Ray Train's worker processes below this one."""
-    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-
-
 def checkpoint_steps(store: Store) -> list[int]:
     keys = [e.key for e in store.list("artifacts/") if "/checkpoints/step-" in e.key and e.key.endswith(".json")]
     return sorted(int(key.rpartition("step-")[2].removesuffix(".json")) for key in keys)
@@ -90,7 +86,7 @@ def test_losses_equal_the_undisturbed_run(ray_session: None, dataset: str, tmp_p
     killed: list[int] = []
 
     def kill() -> None:
-        worker = training_workers()[-1]
+        worker = family(os.getpid(), TRAINING_WORKER)[-1]
         worker.kill()
         killed.append(worker.pid)
 

@@ -1,0 +1,37 @@
+"""What the tests of real faults watch: conditions that come about, and processes that come and go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psutil
+
+TRAINING_WORKER = "RayTrainWorker"
+
+
+def wait(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
+    """Fails when something does not come about in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def family(pid: int, name: str = "") -> list[psutil.Process]:
+    """The processes below one whose command lines hold a name; none where there is no such process (any more)."""
+    try:
+        return [process for process in psutil.Process(pid).children(recursive=True) if name in _command_line(process)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
