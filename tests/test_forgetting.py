@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tests.finished_study import make, write_dataset
+from tests.finished_study import fields, make, write_dataset
 
 from medssl.artifacts import finished, forgotten_note
 from medssl.cli import main
@@ -88,6 +88,17 @@ def test_what_was_made_with_them_is_marked_and_made_anew_under_other_names(
     assert b"p3" not in marks
     assert main(["gc", store.uri, "--delete"]) == 0
     assert finished(store) == valid and not store.list("forgotten/")
+
+
+def test_what_an_earlier_recipe_left_is_marked_too(study: Study, tmp_path: Path) -> None:
+    """Its artifacts are no study's any more, and may have been made with the images."""
+    store, before = study.store, finished(study.store)
+    changed = make(tmp_path, {"protocols": [fields()["protocols"][0] | {"probe": {"epochs": 7}}]})
+    remember(changed)
+    left = before - needs(changed)[0]
+    assert left and any(name.startswith("evaluate-") for name in left)
+    assert left <= set(forget("p3", "datasets/squares", store).artifacts)
+    assert all(forgotten_note(store, name) for name in left)
 
 
 def test_who_is_not_there_changes_nothing(study: Study, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ _COLUMNS = ("image", "image-id", "label", "patient", "bag", "split", "site", "de
 def _add_ingest(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", help="a table (.csv, .tsv, .parquet), or a folder with one folder per class")
     sub.add_argument("--to", required=True, metavar="URI", help="where the dataset goes: s3://bucket/path or file:///folder")
-    sub.add_argument("--root", help="folder or s3:// URI that relative image paths start from (default: the table's folder)")
+    sub.add_argument("--root", help="folder or s3:// URI that image paths start from and never leave (default: the table's)")
     sub.add_argument("--layout", metavar="NAME", help=f"the unpacked folder of a public dataset: {', '.join(_LAYOUTS)}")
     sub.add_argument("--name", help="name of the dataset (default: the last part of the URI)")
     for column in _COLUMNS:

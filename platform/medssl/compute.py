@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
 
 from medssl.params import Params
 
 SPARE_CPUS = 2
 """Logical CPUs beyond the workers': Ray Data hangs without a message when a training holds every CPU of the cluster."""
+
+
+class TrackingParams(Params):
+    """Experiment trackers that are told of losses, trials and scores (never of images, patients or labels)."""
+
+    mlflow: str | None = None
+    """URI of an MLflow tracking server (http://host:5000) or of its database; null tells none. User and password belong into
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a token into MLFLOW_TRACKING_TOKEN, on every node."""
+    wandb: str | None = Field(None, pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    """Project of Weights & Biases, `project` or `entity/project`; null tells none. WANDB_API_KEY is taken from every node."""
+
+    @field_validator("mlflow")
+    @classmethod
+    def _without_secrets(cls, uri: str | None) -> str | None:
+        if uri is None:
+            return None
+        parts = urlsplit(uri)
+        if parts.scheme not in {"http", "https", "sqlite", "databricks"}:
+            raise ValueError(f"{parts.scheme or uri!r} is no scheme of a tracking server: give http(s)://host:port or sqlite:////path")
+        if parts.username or parts.password:
+            raise ValueError("has a user or password in it: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead")
+        return uri
 
 
 class Compute(Params):
@@ -35,6 +59,8 @@ class Compute(Params):
     """Lost workers or nodes that a pretraining survives."""
     wait_for_nodes_minutes: float = Field(0, ge=0)
     """How long a run waits for nodes that come on demand (an autoscaler's, a queue's); 0 refuses a cluster that is too small."""
+    tracking: TrackingParams = TrackingParams()
+    """MLflow and Weights & Biases."""
 
     def needed(self, *, pretrains: bool) -> dict[str, float]:
         """What a cluster must have for a study at all: CPUs, those for reading among them, and GPUs."""

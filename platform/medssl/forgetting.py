@@ -1,10 +1,10 @@
 """`medssl forget`: a patient's images leave a dataset, and what was made with them is marked.
 
 The dataset is written anew without them, shard by shard, and its card last: until then it is whole as it was. Every artifact of
-every study of the store that was made with them (and would have another name without) gets a mark, since weights, features and
-scores cannot be freed of single images: `predict` and `export` say so, the next run makes everything anew under new names, and
-`medssl gc --delete` then removes the old. Copies outside the store are not reached: downloads, exports, decoded images in the
-nodes' caches; what is said at the end names them.
+every study of the store that was made with them (and would have another name without), and every one that no study names any
+more, gets a mark, since weights, features and scores cannot be freed of single images: `predict` and `export` say so, the next
+run makes everything anew under new names, and `medssl gc --delete` then removes the old. Copies outside the store are not
+reached: downloads, exports, decoded images in the nodes' caches; what is said at the end names them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from medssl.artifacts import FORGOTTEN, STUDIES
+from medssl.artifacts import FORGOTTEN, STUDIES, finished
 from medssl.datasets.card import CARD, Provenance, build_card
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.datasets.leakage import audit_leakage
@@ -83,8 +83,10 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
             raise DataError(f"no image in {found.uri} is of this patient{hint}")
         if len(gone) == len(found):
             raise DataError(f"all images in {found.uri} are of this patient: delete the folder")
-        artifacts, studies, unreadable = _derived(found, store)
-        _mark(store, found, len(gone), artifacts)  # before the images go: broken off, a mark too many is no harm
+        used, elsewhere, studies, unreadable = _derived(found, store)
+        # What no study names is of recipes since changed: it may know the images, and a mark too many is no harm.
+        artifacts = used | finished(store) - elsewhere
+        _mark(store, found, len(gone), artifacts)  # before the images go: a removal may be broken off
         _rewrite(found, gone, held)
         for same in artifacts & _derived(open_dataset(found.uri), store)[0]:  # of other images: it is what it would be made again
             store.delete(f"{FORGOTTEN}/{same}.json")
@@ -93,19 +95,24 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
     return Forgotten(found.uri, len(gone), tuple(sorted(artifacts)), tuple(sorted(studies)), unreadable)
 
 
-def _derived(dataset: Dataset, store: Store) -> tuple[set[str], set[str], dict[str, str]]:
-    """Artifacts and studies that know the dataset, and studies that cannot be read."""
-    artifacts, studies, unreadable = set[str](), set[str](), dict[str, str]()
+def _derived(dataset: Dataset, store: Store) -> tuple[set[str], set[str], set[str], dict[str, str]]:
+    """Artifacts of studies that know the dataset and of others, the former studies, and studies that cannot be read."""
+    used, elsewhere, studies, unreadable = set[str](), set[str](), set[str](), dict[str, str]()
     for name in sorted({entry.key.split("/")[1] for entry in store.list(f"{STUDIES}/") if entry.key.count("/") >= 2}):
         try:
             study = stored_study(store, name)
         except MedsslError as error:
             unreadable[name] = str(error)
             continue
-        if study is not None and dataset.uri in {study.dataset.uri, *(other.uri for other in study.others.values())}:
+        if study is None:
+            continue
+        artifacts = {each for each in needs(study)[0] if study.is_finished_name(each)}
+        if dataset.uri in {study.dataset.uri, *(other.uri for other in study.others.values())}:
             studies.add(name)
-            artifacts |= {each for each in needs(study)[0] if study.is_finished_name(each)}
-    return artifacts, studies, unreadable
+            used |= artifacts
+        else:
+            elsewhere |= artifacts
+    return used, elsewhere, studies, unreadable
 
 
 def _mark(store: Store, dataset: Dataset, images: int, artifacts: set[str]) -> None:

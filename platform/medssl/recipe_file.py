@@ -21,6 +21,9 @@ from medssl.params import Params
 from medssl.protocols import KINDS
 from medssl.recipe import Recipe
 
+_USER = re.compile(r"://[^/@\s]+@")
+"""User and password in a URI: never repeated on a terminal or in a log."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -176,7 +179,7 @@ def _explain(error: ValidationError) -> str:
         return f"field '{where}' is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | Params) else f", not {given!r}"
-    return f"{where}: {message}{shown}{more}"
+    return f"{where}: {message}{_USER.sub('://***@', shown)}{more}"
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:

@@ -36,6 +36,7 @@ from medssl.stages.search import most_at_once
 from medssl.stages.shown import labels_shown
 from medssl.stages.side_by_side import SideBySide
 from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec
+from medssl.stages.tracking import check, tell_scores
 from medssl.stages.transfer import TransferTask, run_transfers
 from medssl.stages.trials import concurrent_trials, shared_out
 from medssl.study import Pending, Study
@@ -65,6 +66,7 @@ class Runner:
             study.emit(Event("message", f"study '{study.recipe.study}' is finished: nothing to do"))
             make_current(study.store, study.recipe.study, name)
             return load_result(study.store, study.recipe, name)
+        check(study.recipe.compute.tracking, study.recipe.study)
         fix_claims(study.store, study.recipe, partial(evaluated, study))  # before anything of it can be known
         self.encoders()
         self.embeddings()
@@ -74,6 +76,7 @@ class Runner:
         study.emit(Event("begin", "report"))
         result = build_report(study)
         study.emit(Event("end", "report"))
+        tell_scores(study.recipe.compute.tracking, study.recipe.study, result.summary)
         return result
 
     # -- stages ------------------------------------------------------------------------------------------------

@@ -102,7 +102,14 @@ def test_other_delimiters_quotes_and_a_byte_order_mark(tmp_path: Path, delimiter
         ("image,x,x\n1.jpg,1,2\n", {}, "two columns named 'x'"),
         ("image,x\n1.jpg\n", {}, "readable table"),
         ("image\n1.jpg\n", {"drop": ["nothing"]}, "'nothing'"),
-        ("image\n/abs/1.jpg\n", {"root": "s3://bucket"}, "absolute"),
+        ("image\n/abs/1.jpg\n", {"root": "s3://bucket"}, "leads out of s3://bucket"),
+        ("image\n/etc/hostname\n", {}, "'/etc/hostname' leads out of .*give --root"),
+        ("image\nfile:///etc/hostname\n", {}, "leads out of"),
+        ("image\nfile:///pictures/%2E%2E/etc/1.jpg\n", {"root": "/pictures"}, "leads out of /pictures"),
+        ("image\n/pictures2/1.jpg\n", {"root": "/pictures"}, "leads out of /pictures"),
+        ("image\ns3://other/1.jpg\n", {}, "leads out of"),
+        ("image\ns3://bucket2/1.jpg\n", {"root": "s3://bucket"}, "leads out of s3://bucket"),
+        ("image\ns3://bucket/images/../key/1.jpg\n", {"root": "s3://bucket/images/"}, "leads out of s3://bucket/images/"),
         ("image\n../other/1.jpg\n", {}, "leads out of"),
         ("image\na/../../1.jpg\n", {}, "leads out of"),
         ("image\n../../key/1.jpg\n", {"root": "s3://bucket/images"}, "leads out of s3://bucket/images"),
@@ -112,6 +119,22 @@ def test_bad_tables_are_one_line(tmp_path: Path, text: str, options: dict[str, o
     with pytest.raises(DataError, match=words) as caught:
         read_table(write(tmp_path / "t.csv", text), **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "expected"),
+    [
+        ("/pictures/a/1.jpg", "/pictures/", "/pictures/a/1.jpg"),
+        ("/anywhere/1.jpg", "/", "/anywhere/1.jpg"),
+        ("file:///pictures/a%20b.jpg", "/pictures", "/pictures/a b.jpg"),
+        ("s3://bucket/images/1.jpg", "s3://bucket/images", "s3://bucket/images/1.jpg"),
+        ("a/../1.jpg", "s3://bucket", "s3://bucket/1.jpg"),
+        ("..1.jpg", "s3://bucket/images/", "s3://bucket/images/..1.jpg"),
+    ],
+)
+def test_paths_below_the_root(tmp_path: Path, path: str, root: str, expected: str) -> None:
+    rows = read_table(write(tmp_path / "t.csv", f"image\n{path}\n"), root=root)
+    assert rows["uri"].to_pylist() == [expected]
 
 
 def test_latin_1_is_named(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from medssl.artifacts import digest_json, finished
+from medssl.artifacts import digest_json, finished, read_marker
 from medssl.datasets.dataset import open_dataset
 from medssl.datasets.synthetic import write_synthetic
 from medssl.store import Store, open_store
@@ -32,11 +33,16 @@ def table(place: Path) -> Path:
     return tiny.ingest(place / "drawn", str(place / "store" / "datasets" / "lesions"))
 
 
+def database(place: Path) -> str:
+    return f"sqlite:///{place}/mlflow.db"
+
+
 @pytest.fixture(scope="module")
 def study(place: Path, table: Path) -> Path:
     """The recipe's file, run once."""
     path = tiny.write(place / "study.yaml", tiny.recipe())
-    done = tiny.medssl("run", str(path), "--store", str(place / "store"), "--json")
+    tracker = f"compute.tracking.mlflow={database(place)}"
+    done = tiny.medssl("run", str(path), "--store", str(place / "store"), "--json", "--set", tracker)
     (place / "result.json").write_text(done.stdout)
     return path
 
@@ -87,15 +93,36 @@ def test_what_is_in_the_store(store: Store) -> None:
 
 
 def test_histories_hold_every_step_of_every_rank_once(store: Store) -> None:
-    import io
-
-    import pyarrow.parquet as pq
-
     for name in (n for n in finished(store) if n.startswith("pretrain-")):
         history = pq.read_table(io.BytesIO(store.read(f"artifacts/{name}/history.parquet"))).to_pandas()
         counts = history.groupby(["rank", "step"]).size()
         assert (counts == 1).all() and set(history["rank"]) == {0, 1}
         assert history["step"].nunique() * 2 == len(history)
+
+
+def test_mlflow_was_told_of_losses_trials_and_scores(place: Path, store: Store) -> None:
+    client = pytest.importorskip("mlflow").MlflowClient(tracking_uri=database(place))
+    experiment = client.get_experiment_by_name("medssl/tiny")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    kinds: dict[str, list[Any]] = {}
+    for run in runs:
+        kinds.setdefault(run.data.tags["medssl.kind"], []).append(run)
+    told = sorted(sorted((p.step, p.value) for p in client.get_metric_history(r.info.run_id, "loss")) for r in kinds["pretrain"])
+    kept = []
+    for name in (n for n in finished(store) if n.startswith("pretrain-")):
+        history = pq.read_table(io.BytesIO(store.read(f"artifacts/{name}/history.parquet"))).to_pandas()
+        main = history[history["rank"] == 0].sort_values("step")
+        kept.append(list(zip(main["step"].tolist(), main["loss"].tolist(), strict=True)))
+    assert len(told) == 2 and all(told) and all(set(some) <= set(whole) for some, whole in zip(told, sorted(kept), strict=True))
+    points = [p for n in finished(store) if n.startswith("search-") for p in read_marker(store, n).facts["points"]]  # type: ignore[union-attr]
+    assert sorted(r.data.metrics["score"] for r in kinds["search"]) == pytest.approx(sorted(p["score"] for p in points))
+    assert {float(r.data.params["learning_rate"]) for r in kinds["search"]} == {p["learning_rate"] for p in points}
+    result = json.loads((place / "result.json").read_text())
+    for run in kinds["scores"]:
+        means = {f"{a['protocol']}/{a['metric']}": a["mean"] for a in result["arms"] if a["arm"] == run.data.params["arm"]}
+        assert means and {name: run.data.metrics[name] for name in means} == pytest.approx(means)
+    assert len(kinds["scores"]) == 3
 
 
 def test_second_run_does_nothing_and_says_so(place: Path, study: Path, store: Store) -> None:

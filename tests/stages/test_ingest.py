@@ -194,7 +194,7 @@ def test_a_store_that_fails_in_a_task_is_one_line(ray_session: Any, s3_server: A
     """The images lie in a bucket that is not there, which only the tasks find out."""
     table = make_table(tmp_path, image=lambda n: f"s3://no-such-bucket-anywhere/{n:04d}.jpg")
     with pytest.raises(StoreError, match="no-such-bucket-anywhere") as caught:
-        run(table, tmp_path / "out")
+        run(table, tmp_path / "out", root="s3://no-such-bucket-anywhere")
     assert "\n" not in str(caught.value) and not tree(tmp_path / "out")
 
 

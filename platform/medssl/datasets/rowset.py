@@ -77,25 +77,32 @@ def default_image_ids(relative_paths: Sequence[str]) -> list[str]:
 
 
 def resolve_uri(path: str, root: str) -> str:
-    """URI or absolute path of an image: `path` itself when it is absolute or a URI, else below `root`.
+    """URI or absolute path of an image: of a relative path below `root`, of an absolute one or a URI itself.
 
     Raises:
-        DataError: a relative path climbs out of `root`: a table from elsewhere must not reach other files by the way.
+        DataError: it is not below `root`: a table from elsewhere must not reach other files by the way.
     """
-    if path.startswith("s3://"):
-        return path
+    base = root.rstrip("/") if root.startswith("s3://") else str(Path(root).expanduser().absolute())
     if path.startswith("file://"):
-        return unquote(urlsplit(path).path)
-    if posixpath.normpath(path).split("/")[0] == "..":
-        raise DataError(f"image path {path!r} leads out of {root}: write paths below it, or give --root a folder that holds all")
-    if root.startswith("s3://"):
-        if path.startswith("/"):
-            raise DataError(
-                f"image path {path!r} is absolute but the images are below {root}: give relative paths or URIs"
-            )
-        bucket, _, prefix = root.removeprefix("s3://").rstrip("/").partition("/")
-        return f"s3://{bucket}/{posixpath.normpath(posixpath.join(prefix, path))}"
-    return str(Path(root).expanduser().absolute() / path)
+        path = unquote(urlsplit(path).path)
+    relative = not path.startswith(("s3://", "/"))
+    full = f"{base.rstrip('/')}/{path}" if relative else path
+    if not _below(full, base):
+        raise DataError(
+            f"image path {path!r} leads out of {root}: write paths below it, or give --root a folder or s3:// URI that holds all"
+        )
+    if relative and full.startswith("s3://"):  # a key is taken as it is written: what climbs is written out
+        bucket, _, key = full.removeprefix("s3://").partition("/")
+        return f"s3://{bucket}/{posixpath.normpath(key)}"
+    return full
+
+
+def _below(full: str, base: str) -> bool:
+    """Whether a location is below another by its name. (Links that lie there are followed: the folder's owner made them.)"""
+    if full.startswith("s3://") != base.startswith("s3://"):
+        return False
+    inner, outer = (posixpath.normpath("/" + place.removeprefix("s3://").lstrip("/")) for place in (full, base))
+    return inner.startswith(outer.rstrip("/") + "/")
 
 
 def _canonical_splits(splits: Sequence[str | None]) -> list[str | None]:

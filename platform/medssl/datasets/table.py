@@ -67,7 +67,8 @@ def read_table(
     Args:
         source: `.csv`, `.tsv` or `.parquet`.
         columns: names by role.
-        root: folder or `s3://` URI that relative image paths start from; the table's own folder when None.
+        root: folder or `s3://` URI that relative image paths start from and that none may leave; the table's own folder when
+            None.
         label_separator: splits a label into several ("a|b" with "|"); None takes a label as one.
         drop: columns to leave out.
 

@@ -32,8 +32,9 @@ from medssl.protocols import FineTune, Probe, Protocol
 from medssl.recipe import Recipe
 from medssl.stages.context import Context, Opened
 from medssl.stages.progress import OnProgress
-from medssl.stages.search import OnEpoch, fan_out, search
+from medssl.stages.search import OnEpoch, fan_out, search, shown_point
 from medssl.stages.specs import VALIDATION, Spec
+from medssl.stages.tracking import key_of, tracked
 from medssl.stages.trials import Halt
 from medssl.store import open_store
 from medssl.training.finetune import FineTuned
@@ -133,10 +134,19 @@ class _Score:
 
         def after_epoch(epoch: int, tuned: FineTuned) -> None:
             assert on_epoch is not None
-            on_epoch(epoch, float(metric(tuned.predict(opened.images, rows).astype(np.float64), labels, None)))
+            score = float(metric(tuned.predict(opened.images, rows).astype(np.float64), labels, None))
+            say({"validation_score": score}, epoch)
+            on_epoch(epoch, score)
 
-        fitted = _fit(opened, arm, protocol, 0, self.task.features, seeds, point, rows, after_epoch if on_epoch else None)
-        return float(np.mean([metric(p.astype(np.float64), labels, None) for p in fitted.probabilities_SNK]))
+        with tracked(
+            opened.recipe.compute.tracking, study=opened.recipe.study, kind="search",
+            name=f"{self.task.spec.label}: {shown_point(point)}", key=key_of(self.task.spec.name, shown_point(point)),
+            config={"arm": arm.name, "protocol": protocol.name, "metric": protocol.search.metric, **point},
+        ) as say:  # fmt: skip
+            fitted = _fit(opened, arm, protocol, 0, self.task.features, seeds, point, rows, after_epoch if on_epoch else None)
+            score = float(np.mean([metric(p.astype(np.float64), labels, None) for p in fitted.probabilities_SNK]))
+            say({"score": score}, 0)
+        return score
 
 
 def run_evaluations(tasks: Sequence[EvaluateTask], recipe: Recipe, on_progress: OnProgress | None = None) -> None:

@@ -16,6 +16,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -23,7 +24,7 @@ import ray
 from medssl import telemetry
 from medssl.artifacts import Marker, folder, publish
 from medssl.bag_rows import StreamBagFeed, ensure_packed
-from medssl.compute import Compute
+from medssl.compute import Compute, TrackingParams
 from medssl.datasets.dataset import open_dataset
 from medssl.datasets.read import Decoding
 from medssl.errors import MedsslError, NonFiniteLoss, StoreError
@@ -35,6 +36,7 @@ from medssl.stages.exporter import export
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, answered, board
 from medssl.stages.specs import Spec
+from medssl.stages.tracking import Say, key_of, tracked
 from medssl.stopping import Stopped, orderly_stop
 from medssl.store import Store, open_store
 from medssl.streams import StreamFeed, stream_sources, user_error
@@ -74,6 +76,8 @@ class Job:
     """Labels by image number, for a method that takes them."""
     said_of: dict[str, str] = field(default_factory=dict)
     """Labels of its telemetry."""
+    label: str = ""
+    """What people call it."""
 
 
 def run_pretrain(
@@ -117,7 +121,7 @@ def run_pretrain(
         where = dict(watched_images) if watched_images else None
         job = Job(
             store.uri, spec.name, plan.canonical(), list(sources), asdict(decoding), compute.canonical(), uri, seen, where,
-            labels=None if labels is None else list(labels), said_of=dict(said_of or {}),
+            labels=None if labels is None else list(labels), said_of=dict(said_of or {}), label=spec.label,
         )  # fmt: skip
         datasets = {}
         if sources[0].resident is None and plan.pairs == "bag":
@@ -239,7 +243,7 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
 
     answer: Any = None
 
-    def post(progress: Any) -> bool:
+    def post(progress: Any, say: Say) -> bool:
         """Reports; whether the answer to the last report was to stop. Nothing waits for an answer that is under way."""
         nonlocal answer
         if process.rank != 0:
@@ -247,20 +251,25 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
         wanted = answer is not None and answered(answer)
         note = f"{progress.note}, {monitor.note}" if monitor and monitor.note else progress.note
         answer = handle.post.remote("pretrain", Report(progress.images, progress.total_images, note))
+        say({name: value for name, value in progress.measures.items() if name not in {"step", "rank"}}, progress.step)
         return wanted
 
-    result = pretrain(
-        plan, feed, process, output,
-        checkpoint_every_epochs=compute.checkpoint_every_epochs,
-        checkpoint_every_steps=compute.checkpoint_every_steps if feed.starts_within_epoch else None,
-        keep_checkpoints=compute.keep_checkpoints,
-        on_progress=post,
-        initial_encoder=_read_weights(job.initial_weights),
-        sample_BHWC=_sample(job) if plan.surgery is not None else None,
-        monitor=monitor,
-        monitor_every_epochs=compute.monitor_every_epochs or 1,
-        labels_N=None if job.labels is None else torch.tensor(job.labels),
-    )  # fmt: skip
+    with tracked(
+        compute.tracking if process.is_main else TrackingParams(), study=job.said_of.get("study", ""), kind="pretrain",
+        name=job.label, key=key_of(job.artifact), config=job.plan,
+    ) as say:  # fmt: skip
+        result = pretrain(
+            plan, feed, process, output,
+            checkpoint_every_epochs=compute.checkpoint_every_epochs,
+            checkpoint_every_steps=compute.checkpoint_every_steps if feed.starts_within_epoch else None,
+            keep_checkpoints=compute.keep_checkpoints,
+            on_progress=partial(post, say=say),
+            initial_encoder=_read_weights(job.initial_weights),
+            sample_BHWC=_sample(job) if plan.surgery is not None else None,
+            monitor=monitor,
+            monitor_every_epochs=compute.monitor_every_epochs or 1,
+            labels_N=None if job.labels is None else torch.tensor(job.labels),
+        )  # fmt: skip
     return asdict(result)
 
 

@@ -23,7 +23,7 @@ from medssl.stages.progress import OnProgress
 from medssl.stages.trials import Halt, Watch, concurrent_trials, fan_out, guarded, run_trials, short_names
 from medssl.store import Store
 
-__all__ = ["Found", "fan_out", "search"]
+__all__ = ["Found", "fan_out", "search", "shown_point"]
 
 OnEpoch = Callable[[int, float], None]
 """Called with the number of an epoch, from 1, and the validation score after it."""
@@ -104,7 +104,7 @@ def search(
     lost = [point for point, outcome in points if outcome is None]
     if lost:
         raise MedsslError(
-            f"{name}: {len(lost)} of {len(points)} points have no score, the first is {_shown(lost[0])}: run it again"
+            f"{name}: {len(lost)} of {len(points)} points have no score, the first is {shown_point(lost[0])}: run it again"
         )
     known = [(point, outcome) for point, outcome in points if outcome is not None]
     # The best of a rung always goes on, so at least one point has trained to its end.
@@ -263,7 +263,9 @@ def _score(objective: Objective, point: Point, *on_epoch: OnEpoch) -> float:
 
 def _finite(score: float, point: Point) -> float:
     if not math.isfinite(score):
-        raise MedsslError(f"the validation score of {_shown(point)} is {score}: has the validation split images of two classes?")
+        raise MedsslError(
+            f"the validation score of {shown_point(point)} is {score}: has the validation split images of two classes?"
+        )
     return score
 
 
@@ -283,5 +285,6 @@ def _on_edge(best: Point, space: Search) -> bool:
     return False
 
 
-def _shown(point: Point) -> str:
+def shown_point(point: Mapping[str, float]) -> str:
+    """In words."""
     return f"learning rate {point['learning_rate']:g}, weight decay {point['weight_decay']:g}"
