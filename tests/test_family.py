@@ -108,7 +108,9 @@ def test_planned_and_reported_through_the_command_line(tmp_path: Path, capsys: p
     results = medssl.report_all(path, store.uri)
     text = store.read("studies/pair/report.md").decode()
     for name, result in results.items():
-        assert store.exists(f"studies/pair.{name}/report.html") and result.report_uri in text
+        assert store.exists(f"studies/pair.{name}/report.html") and f"[pair.{name}](../pair.{name}/report.html)" in text
+        assert f'<a href="../pair.{name}/report.html">pair.{name}</a>' in store.read("studies/pair/report.html").decode()
+        assert result.report_uri not in text, "a copy of the store leads to its own reports"
         for arm in ("random", "colour"):
             scores = result.scores
             mine = (scores["arm"] == arm) & (scores["protocol"] == "probe") & (scores["metric"] == "balanced_accuracy")

@@ -122,7 +122,9 @@ class Arm(Params):
     @property
     def duration(self) -> str:
         """How long it pretrains, in words."""
-        return f"{self.epochs} epochs" if self.steps is None else f"{self.steps:,} steps"
+        if self.steps is not None:
+            return f"{self.steps:,} steps"
+        return "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
 
     @property
     def is_random(self) -> bool:

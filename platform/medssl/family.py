@@ -84,5 +84,5 @@ def _show_together(family: Family, results: Mapping[str, StudyResult], store: St
         by_dataset={name: result.scores for name, result in results.items()},
         versions=versions(),
     )
-    for name, content in render_together(data, {name: result.report_uri for name, result in results.items()}).items():
+    for name, content in render_together(data, {name: result.study for name, result in results.items()}).items():
         place.write(name, content)

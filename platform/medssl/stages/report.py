@@ -94,11 +94,12 @@ def render_together(data: ReportData, studies: Mapping[str, str]) -> dict[str, b
 
     Args:
         data: scores of each study in `by_dataset`, with the tables and figures that name them.
-        studies: URI of the study's report by dataset.
+        studies: name of the study by dataset; its report lies beside this one.
     """
-    rows = [[name, uri, f"{data.by_dataset[name]['arm'].nunique()}"] for name, uri in studies.items()]
+    rows = [[name, study, f"{data.by_dataset[name]['arm'].nunique()}"] for name, study in studies.items()]
+    links = {(row, 1): f"../{study}/report.html" for row, study in enumerate(studies.values())}
     columns = [Column("dataset"), Column("report"), Column("arms", "", True)]
-    reports = Table("A study on each dataset, with a report of its own.", columns, rows)
+    reports = Table("A study on each dataset, with a report of its own.", columns, rows, links=links)
     said = Text("A research result; not for decisions about patients. Intervals and tests are in the reports of the studies.")
     parts: list[tuple[str, str, list[Block | None]]] = [
         ("forms", "In the paper's form", forms(data)),

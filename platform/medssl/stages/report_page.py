@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -34,12 +34,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text that is already formatted. `bold` holds (row, column) of emphasised cells."""
+    """A table of text that is already formatted. `bold` holds (row, column) of emphasised cells, `links` where cells lead."""
 
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
     bold: frozenset[tuple[int, int]] = frozenset()
+    links: Mapping[tuple[int, int], str] = field(default_factory=dict)
     block: Literal["table"] = "table"
 
 
@@ -148,7 +149,7 @@ def _table(table: Table) -> str:
     heads = [_plain(f"{c.title} ({c.unit})" if c.unit else c.title) for c in table.columns]
     lines = [heads, ["---:" if c.numeric else "---" for c in table.columns]]
     for r, row in enumerate(table.rows):
-        cells = [_plain(cell) for cell in row]
+        cells = [f"[{_plain(cell)}]({to})" if (to := table.links.get((r, c))) else _plain(cell) for c, cell in enumerate(row)]
         lines.append([f"**{cell}**" if (r, c) in table.bold else cell for c, cell in enumerate(cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
