@@ -77,13 +77,15 @@ def write_dataset(
     store.write(CARD, json.dumps(card).encode())
 
 
-def make(place: Path, changes: Mapping[str, Any] | None = None) -> Study:
-    """The study, every artifact but the report in the store at `place`; made once for each recipe."""
+def make(place: Path, changes: Mapping[str, Any] | None = None, *, evaluated: bool = True) -> Study:
+    """The study, every artifact but the report in the store at `place` (none unless `evaluated`); made once for each recipe."""
     store = open_store(str(place / "store"), create=True)
     if not store.exists("datasets/squares/card.json"):
         write_dataset(place, store.sub("datasets/squares"))
     recipe = Recipe.model_validate(fields(**(changes or {})))
     study = Study(recipe, store)
+    if not evaluated:
+        return study
     for arm, seed, spec in study.encoders():
         finish(study, spec, {"encoder.safetensors": f"{arm.name} {seed}".encode()})
     rng = np.random.default_rng(0)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from tests.finished_study import make
+from tests.finished_study import fields, make, write_dataset
 from tests.stages.test_report import fake_data
 
-from medssl.guards import further_looks, look_alikes
+from medssl.guards import foreign_look_alikes, further_looks, look_alikes, near_across
 from medssl.results import build_report
 from medssl.stages.report import render
+from medssl.store import open_store
 
 
 def index(*rows: tuple[str, str, int]) -> pd.DataFrame:
@@ -29,6 +31,47 @@ def test_look_alikes_are_counted_across_splits_only() -> None:
     assert look_alikes(images, "test") == (1, 3)
     assert look_alikes(images, "val") == (1, 1)
     assert look_alikes(images[images["split"] == "test"].reset_index(drop=True), "test") == (0, 0)
+
+
+def test_hashes_near_across() -> None:
+    def hashes(*values: int) -> list[str]:
+        return [f"{value:016x}" for value in values]
+
+    these, those = hashes(0b11, 0xFF00, 0xFF01, 0xF0F0F0F000), hashes(0, 0xF0F0F0F000, 0x123456789ABCDEF)
+    assert near_across(these, those) == 2
+    assert near_across(these, []) == near_across([], those) == 0
+
+
+def test_other_datasets_with_look_alikes_are_a_caution(tmp_path: Path) -> None:
+    """Grey pictures that differ in blue alone: no two files are equal, all look alike."""
+    for name in ("away", "fresh"):
+        (tmp_path / name).mkdir()
+        place = open_store(str(tmp_path / "store"), create=True).sub(f"datasets/{name}")
+        write_dataset(tmp_path / name, place, blue={"away": 90, "fresh": 150}[name])
+    learner = {
+        "name": "bt", "objective": {"name": "barlow_twins", "projector": [8, 8]}, "epochs": 1, "batch_size": 8,
+        "mix": [{"dataset": "datasets/away"}],
+    }  # fmt: skip
+    arms, shifted = fields()["arms"], [{"name": "there", "dataset": "datasets/fresh"}]
+    changes = {"arms": [*arms, learner], "shifted": shifted, "protocols": fields()["protocols"][:1]}
+    said = foreign_look_alikes(make(tmp_path, changes, evaluated=False))
+    assert len(said) == 2
+    assert "judged images of 40 look nearly like images of squares, which a pretraining was shown" in said[0]
+    assert "of the shifted set there look nearly like images of the study" in said[1]
+    assert foreign_look_alikes(make(tmp_path)) == []
+
+
+def test_allowed_leaks_are_red_and_nobody_is_called_unseen() -> None:
+    plain = fake_data()
+    assert 'class="box leak"' not in render(plain)["report.html"].decode()
+    assert "none of whom is among the training images" in render(plain)["report.md"].decode()
+    leaking = dataclasses.replace(plain, leaks=["The images of split test were used in the pretraining of barlow_twins."])
+    html, text = (render(leaking)[f"report.{kind}"].decode() for kind in ("html", "md"))
+    assert '<div class="box leak" role="note"><p><strong>Leakage.</strong> The images of split test' in html
+    assert "none of whom" not in text
+    facts = dataclasses.replace(plain.datasets[0], leakage_allowed=True, leakage_patients=3)
+    html = render(dataclasses.replace(plain, datasets=[facts]))["report.html"].decode()
+    assert re.search(r'class="box leak".*3 patients with images in two splits, allowed', html)
 
 
 @pytest.mark.parametrize(("copies", "alike", "said"), [(0, 0, False), (0, 15, False), (0, 16, True), (1, 1, True)])

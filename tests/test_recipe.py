@@ -117,6 +117,14 @@ def test_every_field_is_described() -> None:
         ({"repeats": {"labels": None, "label_draws": 2}}, ["label_draws must be 1"]),
         ({"dataset": None}, ["dataset", "string"]),
         (
+            {"protocols": [{"name": "p", "kind": "linear_probe", "search": {"learning_rate": [-0.1]}}], "comparisons": []},
+            ["protocols.0.search", "learning_rate holds -0.1", "above 0"],
+        ),
+        (
+            {"protocols": [{"name": "p", "kind": "linear_probe", "search": {"weight_decay": [0, -1e-4]}}], "comparisons": []},
+            ["weight_decay holds -0.0001", "0 or more"],
+        ),
+        (
             {"arms": [{"name": "a", "encoder": {"channels": 1, "mean": [0.5], "std": [0.2]}}], "comparisons": []},
             ["encoder.channels"],
         ),
@@ -157,6 +165,7 @@ def pretrained(**arm: Any) -> dict[str, Any]:
         ({"mix": [{"dataset": "datasets/d"}]}, ["datasets/d is the study's own", "leave `dataset` out"]),
         ({"mix": [{"dataset": "datasets/b", "times": 3}], "pairs": "bag"}, ["each bag once an epoch", "times 3 must be 1"]),
         ({"mix": [{}], "objective": None, "epochs": None}, ["the arm has no objective"]),
+        ({"mix": [{"splits": ["train", "test"]}]}, ["'bt' pretrains on images of split 'test'", "allow_judged_in_pretraining"]),
     ],
 )  # fmt: skip
 def test_which_pretrainings_are_refused(arm: dict[str, Any], words: list[str]) -> None:
@@ -166,6 +175,19 @@ def test_which_pretrainings_are_refused(arm: dict[str, Any], words: list[str]) -
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+def test_a_pretraining_sees_what_is_judged_only_where_the_recipe_allows_it() -> None:
+    shown = pretrained() | {"pretraining_splits": ["train", "val", "test"]}
+    with pytest.raises(RecipeError, match="'bt' pretrains on images of split 'test', which the scores are measured on"):
+        load(shown)
+    assert load(shown | {"allow_judged_in_pretraining": True}).judged_in_pretraining == ["bt"]
+    on_val = pretrained() | {"pretraining_splits": ["train", "val"]}
+    assert load(on_val).judged_in_pretraining == []
+    with pytest.raises(RecipeError, match="split 'val'"):
+        load(on_val | {"evaluation_split": "val"})
+    elsewhere = pretrained(mix=[{"dataset": "datasets/b", "splits": ["train", "test"]}])
+    assert load(elsewhere | {"pretraining_splits": ["test"]}).judged_in_pretraining == []
 
 
 def test_decoding_is_what_the_recipe_says() -> None:

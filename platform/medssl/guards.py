@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -10,6 +11,7 @@ from medssl.artifacts import read_markers
 from medssl.datasets.duplicates import connected, near_pairs
 from medssl.stages.inspect import NEAR_BITS
 from medssl.stages.report_text import plural
+from medssl.stages.report_words import FEW_LOOK_ALIKES
 from medssl.stages.specs import TEST
 
 if TYPE_CHECKING:
@@ -28,6 +30,45 @@ def look_alikes(index: pd.DataFrame, split: str) -> tuple[int, int]:
         here = int(judged[group].sum())
         near += here if here < len(group) else 0
     return copies, max(near, copies)
+
+
+def foreign_look_alikes(study: Study) -> list[str]:
+    """Says so where other datasets and the study's own share look-alikes: of judged images in what a pretraining is shown, and
+    of training images in a shifted set. (Copies, byte for byte, are left out of both.)"""
+    specs, index, found = study.specs, study.specs.index, dict[str, str]()
+    judged = index.loc[specs.rows(study.recipe.evaluation_split), "phash"].tolist()
+    seen: dict[str, set[int]] = {}
+    for arm in (arm for arm in study.recipe.arms if arm.objective is not None):
+        for part in specs.mix(arm):
+            if part.dataset is not None:
+                seen.setdefault(part.dataset, set()).update(part.rows.tolist())
+    for uri, rows in seen.items():
+        other = study.others[uri]
+        alike = near_across(judged, other.index()["phash"].iloc[sorted(rows)].tolist())
+        if alike > FEW_LOOK_ALIKES * len(judged):
+            found[uri] = (
+                f"{plural(alike, 'judged image')} of {len(judged):,} look nearly like images of {other.name}, which a "
+                "pretraining was shown (without labels of the study): they may be other pictures of the same patients."
+            )
+    lines = list(found.values())
+    trained = index.loc[index["split"] != study.recipe.evaluation_split, "phash"].tolist()
+    for shifted in specs.shifted.values():
+        alike = near_across(shifted.index["phash"].iloc[shifted.rows].tolist(), trained)
+        if alike > FEW_LOOK_ALIKES * len(shifted.rows):
+            lines.append(
+                f"{plural(alike, 'image')} of {len(shifted.rows):,} of the shifted set {shifted.params.name} look nearly like "
+                "images of the study that were trained on or chosen by: scores there may be too high."
+            )
+    return lines
+
+
+def near_across(these: Sequence[str], those: Sequence[str]) -> int:
+    """How many of these hashes have a near one among those, themselves or through look-alikes of look-alikes."""
+    near = 0
+    for group in connected(near_pairs([*these, *those], NEAR_BITS), len(these) + len(those)):
+        here = sum(place < len(these) for place in group)
+        near += here if here < len(group) else 0
+    return near
 
 
 def further_looks(study: Study) -> int:

@@ -60,8 +60,10 @@ class Search(Params):
         if self.metric in LOWER_IS_BETTER:
             fitting = ", ".join(sorted(set(SCORES) - LOWER_IS_BETTER))
             raise ValueError(f"a search takes the highest {self.metric}, of which less is better: choose from {fitting}")
-        if min(self.learning_rate) <= 0 or min(self.weight_decay) < 0:
-            raise ValueError("learning rates must be above 0 and weight decays 0 or more")
+        if min(self.learning_rate) <= 0:
+            raise ValueError(f"learning_rate holds {min(self.learning_rate):g}: give values above 0")
+        if min(self.weight_decay) < 0:
+            raise ValueError(f"weight_decay holds {min(self.weight_decay):g}: give 0 or more")
         if (self.sampler == "tpe") != (self.trials is not None):
             raise ValueError("trials is needed for sampler tpe and refused for grid")
         halving = {name: getattr(self, name) for name in _HALVING}

@@ -70,6 +70,8 @@ class Recipe(Params):
     """Decoding and feeding."""
     pretraining_splits: tuple[str, ...] = Field(("train",), min_length=1)
     """Splits whose images (never labels) are used for pretraining."""
+    allow_judged_in_pretraining: bool = False
+    """Whether a pretraining may be shown images of `evaluation_split` (without labels); the report then says so in red."""
     encoder: EncoderParams = EncoderParams()
     """Encoder of every arm that names none."""
     arms: tuple[Arm, ...] = Field(min_length=1)
@@ -154,7 +156,20 @@ class Recipe(Params):
             if twice:
                 raise ValueError(f"two {kind}s are named '{twice[0]}': names must differ")
 
+    @property
+    def judged_in_pretraining(self) -> list[str]:
+        """Arms whose pretraining is shown images that the scores are measured on."""
+        return [
+            arm.name for arm in self.arms if arm.objective is not None
+            and any(part.dataset is None and self.evaluation_split in part.splits for part in self.mix(arm))
+        ]  # fmt: skip
+
     def _check_pretraining(self, arm: Arm) -> None:
+        if arm.name in self.judged_in_pretraining and not self.allow_judged_in_pretraining:
+            raise ValueError(
+                f"arm '{arm.name}' pretrains on images of split '{self.evaluation_split}', which the scores are measured on: "
+                "leave it out of pretraining_splits and mix, or set allow_judged_in_pretraining: true (the report says so in red)"
+            )
         workers = self.compute.workers
         share, rest = divmod(arm.batch_size, workers)
         if rest:

@@ -25,7 +25,7 @@ from medssl.artifacts import STUDIES, artifact_name, digest_json, folder, publis
 from medssl.claims import Planned, evaluated, fix_claims
 from medssl.comparing import Found, Runs, compare
 from medssl.errors import MissingKey
-from medssl.guards import look_alikes, look_warnings
+from medssl.guards import foreign_look_alikes, look_alikes, look_warnings
 from medssl.judging import judge
 from medssl.metrics import SCORES, UNKNOWN
 from medssl.outside import Outside
@@ -277,6 +277,7 @@ def _report_data(
         hardware,
         histories,
         label_curves,
+        leaks,
         mix_notes,
         monitors,
         neighbour_warnings,
@@ -306,7 +307,7 @@ def _report_data(
         summary=_summary_frame(runs | away),
         comparisons=pd.DataFrame(found.rows, columns=list(COLUMNS["comparisons"])),
         searches=searches([(a, p, study.marker(s)) for a, p in study.searches() if (s := study.search_spec(a, p))]),
-        search_metric=recipe.protocols[0].search.metric,
+        search_metrics={p.name: p.search.metric for p in recipe.protocols},
         histories=curves,
         monitors=monitors(study.store, encoders),
         tunings=tunings(study),
@@ -325,7 +326,10 @@ def _report_data(
         recipe_yaml=dump(recipe),
         overrides=study.overrides,
         versions=versions(),
-        warnings=[*warnings(recipe), *neighbour_warnings(recipe, study.specs), *look_warnings(study)],
+        leaks=leaks(recipe),
+        warnings=[
+            *warnings(recipe), *neighbour_warnings(recipe, study.specs), *look_warnings(study), *foreign_look_alikes(study),
+        ],
         hardware=hardware(),
         feeding=feeding(recipe, curves),
         same_against_same=found.same,

@@ -310,6 +310,15 @@ def test_welch_alone_claims_nothing(data: ReportData) -> None:
     assert "No A/A line" in text
 
 
+def test_each_search_is_read_by_its_own_metric(data: ReportData) -> None:
+    one = render(dataclasses.replace(data, search_metrics={"linear_probe": "auc", "fine_tune": "auc"}))["report.md"].decode()
+    assert "Search over learning rate and weight decay: AUC on the validation split" in one
+    two = render(dataclasses.replace(data, search_metrics={"linear_probe": "auc", "fine_tune": "accuracy"}))["report.md"].decode()
+    assert "weight decay: AUC (linear probe), accuracy (fine tune) on the validation split" in two
+    chosen = [line for line in two.splitlines() if re.match(r"\| \w+ \| (linear probe|fine tune) \|", line) and "| no |" in line]
+    assert chosen and all(("| AUC |" in line) == ("linear probe" in line) for line in chosen)
+
+
 def test_warnings_come_from_the_data(data: ReportData) -> None:
     text = render(data)["report.md"].decode()
     assert "on the edge of its space for random (fine tune)" in text

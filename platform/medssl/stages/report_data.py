@@ -249,8 +249,8 @@ class ReportData:
     same_against_same: Sequence[SameAgainstSame] = ()
     """The A/A line over all pairs of seeds, where it was counted (the comparisons hold single pairs)."""
     searches: pd.DataFrame = field(default_factory=lambda: empty("searches"))
-    search_metric: str = "balanced_accuracy"
-    """What `score` in the searches is, measured on validation."""
+    search_metrics: Mapping[str, str] = field(default_factory=dict)
+    """What `score` in the searches of a protocol is, measured on validation; balanced accuracy where it is not said."""
 
     histories: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     """Pretraining curves by arm. Columns: seed, step, epoch, then those of CURVES in report_figures and any others."""
@@ -316,6 +316,8 @@ class ReportData:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Such as {"medssl": "0.1.0", "torch": "2.9.1", "ray": "2.60.0"}."""
     hardware: str = ""
+    leaks: Sequence[str] = ()
+    """Where images or patients that are judged were trained on, and that was allowed. Shown in red."""
     warnings: Sequence[str] = ()
     """What a reader must know before believing the numbers (collapse, a stopped run, leakage). Shown first."""
     notes: Sequence[str] = ()

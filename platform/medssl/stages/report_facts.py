@@ -21,7 +21,7 @@ from medssl.outside import Outside
 from medssl.protocols import Protocol
 from medssl.recipe import Recipe
 from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts, PublishedFacts
-from medssl.stages.specs import TEST, VALIDATION, Spec, Specs
+from medssl.stages.specs import VALIDATION, Spec, Specs
 from medssl.statistics import recompute_published
 from medssl.store import Store
 from medssl.training.finder import RangeTest
@@ -193,13 +193,22 @@ def versions() -> dict[str, str]:
 
 def warnings(recipe: Recipe) -> list[str]:
     """What a reader must know before believing the numbers, beyond what dataset, scores and curves themselves say."""
-    own = [part for arm in recipe.arms if arm.mix for part in arm.mix if part.dataset is None]
-    used = [*recipe.pretraining_splits, *(split for part in own for split in part.splits)]
-    judged = [split for split in dict.fromkeys(used) if split in (VALIDATION, TEST)]
-    if judged:
-        names = " and ".join(judged)
-        return [f"images of the splits {names} were used in pretraining (without labels): scores are too good"]
+    own = [part for arm in recipe.arms if arm.objective is not None for part in recipe.mix(arm) if part.dataset is None]
+    used = {split for part in own for split in part.splits}
+    if VALIDATION in used and recipe.evaluation_split != VALIDATION:
+        return ["Validation images were used in pretraining (without labels): what is chosen on them may not be the best."]
     return []
+
+
+def leaks(recipe: Recipe) -> list[str]:
+    """What makes scores too good, and was allowed."""
+    arms = recipe.judged_in_pretraining
+    if not arms:
+        return []
+    return [
+        f"The images of split {recipe.evaluation_split}, on which the scores are measured, were used in the pretraining of "
+        f"{', '.join(arms)} (without labels; the recipe allows it): their scores are too good."
+    ]
 
 
 def neighbour_warnings(recipe: Recipe, specs: Specs) -> list[str]:

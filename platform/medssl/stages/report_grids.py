@@ -35,12 +35,21 @@ def search_grids(data: ReportData) -> Figure | None:
             if not part.empty:
                 panels.append(_search_panel(part, f"{svg.clipped(arm, 24)}, {title_of(protocol)}"))
     caption = (
-        f"Search over learning rate and weight decay: {metric_title(data.search_metric)} on the validation split; "
+        f"Search over learning rate and weight decay: {searched_metrics(data)} on the validation split; "
         "darker is higher within its panel. The framed point is the one used. Test images played no part in it."
     )
     if frame["stopped"].any():
         caption += " A point that is struck through was stopped before its end: its score is the last that it had."
     return Figure(caption, panels)
+
+
+def searched_metrics(data: ReportData) -> str:
+    """What the searches judged by, in words; by protocol where they differ."""
+    frame = complete(data.searches, "searches")
+    by = {str(p): metric_title(data.search_metrics.get(str(p), "balanced_accuracy")) for p in dict.fromkeys(frame["protocol"])}
+    if len(set(by.values())) == 1:
+        return next(iter(by.values()))
+    return ", ".join(f"{title} ({title_of(protocol)})" for protocol, title in by.items())
 
 
 def _search_panel(part: pd.DataFrame, title: str) -> Markup:

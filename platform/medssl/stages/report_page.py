@@ -19,7 +19,7 @@ class Text:
 
     text: str
     title: str = ""
-    tone: Literal["plain", "good", "unclear", "warning"] = "plain"
+    tone: Literal["plain", "good", "unclear", "warning", "leak"] = "plain"
     block: Literal["text"] = "text"
 
 

@@ -102,11 +102,12 @@ def chosen_table(data: ReportData) -> Table | None:
     for _, row in rows.iterrows():
         tried = int(((frame["arm"] == row["arm"]) & (frame["protocol"] == row["protocol"])).sum())
         rate, decay = (f"{as_float(row[c]):.3g}" for c in ("learning_rate", "weight_decay"))
-        found = [rate, decay, number3(row["score"]), count(tried), "yes" if on_edge(row) else "no"]
+        metric = metric_title(data.search_metrics.get(str(row["protocol"]), "balanced_accuracy"))
+        found = [rate, decay, number3(row["score"]), metric, count(tried), "yes" if on_edge(row) else "no"]
         lines.append([str(row["arm"]), title_of(str(row["protocol"])), *found])
     columns = [
         Column("arm"), Column("protocol"), Column("learning rate", "", True), Column("weight decay", "", True),
-        Column(metric_title(data.search_metric), "validation", True), Column("points tried", "", True),
+        Column("score", "validation", True), Column("which is"), Column("points tried", "", True),
         Column("on the edge", "of the search space"),
     ]  # fmt: skip
     return Table("Learning rate and weight decay that the searches chose on the validation split.", columns, lines)

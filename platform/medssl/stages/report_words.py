@@ -45,7 +45,7 @@ COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.5
 
 _WITHOUT_SEEDS = ("colour", "outside")
 """Kinds of arms that have no pretraining to be repeated."""
-_FEW_LOOK_ALIKES = 0.01
+FEW_LOOK_ALIKES = 0.01
 """Share of the judged images up to which look-alikes in other splits are counted without a caution."""
 
 
@@ -244,7 +244,7 @@ def _measured_on(data: ReportData, facts: DatasetFacts) -> str:
     images = sum(facts.counts[data.split].values())
     who = f" of {plural(facts.groups[data.split], 'patient')}" if facts.groups.get(data.split) else ""
     apart = (
-        "" if facts.leakage_allowed
+        "" if facts.leakage_allowed or data.leaks
         else ", none of whom is known to be among the training images" if who and facts.unknown_patients
         else ", none of whom is among the training images" if who
         else ", apart from the training images"
@@ -257,11 +257,11 @@ def _measured_on(data: ReportData, facts: DatasetFacts) -> str:
 
 
 def cautions(data: ReportData) -> list[Text]:
-    """All warnings: those of the caller, and those that the data themselves call for."""
-    texts = list(data.warnings)
+    """All warnings: leaks that were allowed, those of the caller, and those that the data themselves call for."""
+    leaks, texts = list(data.leaks), list(data.warnings)
     for facts in data.datasets:
         if facts.leakage_allowed:
-            texts.append(
+            leaks.append(
                 f"Dataset {facts.name}: {plural(facts.leakage_patients, 'patient')} with images in two splits, allowed "
                 "by the user at ingest. Scores may be too high."
             )
@@ -272,13 +272,14 @@ def cautions(data: ReportData) -> list[Text]:
                 "works and say nothing about patients."
             )
     texts += [*_below_colour(data), *_collapses(data), *_edges(data), *_all_few(data)]
-    return [Text(text, "Caution.", "warning") for text in dict.fromkeys(texts)]
+    red = [Text(text, "Leakage.", "leak") for text in leaks]
+    return [*red, *(Text(text, "Caution.", "warning") for text in dict.fromkeys(texts))]
 
 
 def _look_alikes(data: ReportData, facts: DatasetFacts) -> list[str]:
     """Where copies or many look-alikes of judged images were trained on."""
     judged = sum(facts.counts.get(data.split, {}).values())
-    if not facts.copies and facts.look_alikes <= _FEW_LOOK_ALIKES * judged:
+    if not facts.copies and facts.look_alikes <= FEW_LOOK_ALIKES * judged:
         return []
     return [
         f"Dataset {facts.name}: {plural(facts.look_alikes, f'{data.judged} image')} of {count(judged)} "
