@@ -7,6 +7,7 @@ by a guard process when the process that started them is killed. Run by hand wit
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -83,6 +84,7 @@ class Ceph:
         self.port = int(known.group(1)) if known else free_port()  # of a folder that was used before: the port it had
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._guard: subprocess.Popen[bytes] | None = None
+        self._lock: int | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -96,7 +98,10 @@ class Ceph:
 
     def start(self) -> None:
         """Starts all three daemons, for the first time or again; returns when the gateway answers."""
-        new = not self._conf.exists()
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # its logs hold the keys
+        self._only_one()
+        made = self.folder / "made"  # written last: a first start that was broken off is begun again
+        new = not made.exists()
         if new:
             self._write_files()
         if self._guard is None:
@@ -113,6 +118,7 @@ class Ceph:
         if new:
             keys = (f"--access-key={self._access_key}", f"--secret-key={self._secret_key}")
             self._run("radosgw-admin", *GATEWAY_AUTH, "user", "create", "--uid=test", "--display-name=test", *keys)
+            made.touch()
         self.start_gateway()
 
     def start_gateway(self) -> None:
@@ -125,14 +131,38 @@ class Ceph:
         self._end("rgw", how)
 
     def stop(self) -> None:
-        """Stops the daemons by their own pid files."""
-        for name in ("rgw", "osd", "mon"):
-            self._end(name, signal.SIGKILL)
+        """Stops the daemons, if this object started them."""
+        if self._lock is None:
+            return
+        self.kill()
         if self._guard is not None:
             self._guard.communicate()
             self._guard = None
+        os.close(self._lock)
+        self._lock = None
+
+    def kill(self) -> None:
+        """Ends the folder's daemons, whoever started them, by their own pid files."""
+        for name in ("rgw", "osd", "mon"):
+            self._end(name, signal.SIGKILL)
+
+    def _only_one(self) -> None:
+        """Takes the folder for this server; the process ids that an earlier one has left are nobody's."""
+        if self._lock is not None:
+            return
+        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise RuntimeError(f"a server runs in {self.folder} already: stop it, or take another folder") from None
+        self._lock = lock
+        shutil.rmtree(self.folder / "run", ignore_errors=True)
+        (self.folder / "run").mkdir()
 
     def _write_files(self) -> None:
+        for name in ("mon", "osd", "rgw"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in ("mon", "osd", "log", "run", "rgw"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         fsid, mon, mon_v1 = str(uuid.uuid4()), free_port(), free_port()
@@ -201,7 +231,7 @@ def main() -> None:
     """Runs the server until Ctrl-C, or guards one."""
     if sys.argv[1] == "--guard":
         sys.stdin.buffer.read()
-        Ceph(Path(sys.argv[2])).stop()
+        Ceph(Path(sys.argv[2])).kill()
         return
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # else they end the process before sigwait sees them

@@ -10,13 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from tests.finished_study import fields, make, write_dataset
 
+from medssl import forgetting
 from medssl.artifacts import finished, forgotten_note
 from medssl.cli import main
 from medssl.datasets.dataset import open_dataset
 from medssl.datasets.pseudonyms import pseudonym
 from medssl.errors import DataError, LeaseHeld
 from medssl.forgetting import forget
-from medssl.leases import Lease
+from medssl.leases import Lease, lease
 from medssl.leftovers import needs, remember
 from medssl.store import Store
 from medssl.study import Study
@@ -127,6 +128,42 @@ def test_a_broken_off_removal_leaves_the_dataset_whole(study: Study, monkeypatch
     assert stored_images(store) == before and len(open_dataset(store.uri_of("datasets/squares")).index()) == 80
     monkeypatch.undo()
     assert forget("p3", "datasets/squares", store).images == 2
+
+
+def test_while_a_study_of_it_runs_nothing_is_removed(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    store, before = study.store, stored_images(study.store)
+    with lease(store, "study-finished"):
+        assert main(["forget", "p3", "--dataset", "datasets/squares", "--store", store.uri]) != 0
+    said = capsys.readouterr()
+    assert "'study-finished' is being worked on by" in said.err and said.err.count("\n") == 1
+    assert stored_images(store) == before and not store.list("forgotten/")
+
+
+def test_what_a_broken_off_removal_left_goes_with_the_next(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the card was written, before the old objects were deleted."""
+    store = study.store
+    place = store.sub("datasets/squares")
+    old = {entry.key for entry in place.list() if entry.key.startswith(("shards/", "index-"))}
+
+    def killed(store: Store) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forgetting, "_sweep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        forget("p3", "datasets/squares", store)
+    monkeypatch.undo()
+    assert {entry.key for entry in place.list()} >= {key for key in old if key.startswith("shards/")}
+    with pytest.raises(DataError, match="no image in"):
+        forget("p3", "datasets/squares", store)
+    card = open_dataset(store.uri_of("datasets/squares")).card
+    left = {entry.key for entry in place.list() if entry.key.startswith(("shards/", "index-"))}
+    assert left == {shard["path"] for shard in card["shards"]} | {card["index"]["path"]}
+
+
+def test_packed_copies_go_whatever_images_they_were_made_of(study: Study) -> None:
+    study.store.write("packed/of-a-larger-dataset/0.bin", b"x")
+    forget("p3", "datasets/squares", study.store)
+    assert not study.store.list("packed/")
 
 
 def test_keyed_hashes_are_found_by_the_key(study: Study, tmp_path: Path) -> None:

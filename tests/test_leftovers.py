@@ -12,8 +12,9 @@ from tests.finished_study import evaluation, fields, finish, make, write_dataset
 
 from medssl.artifacts import finished
 from medssl.cli import main
+from medssl.errors import StoreError
 from medssl.leases import lease
-from medssl.leftovers import find_leftovers, needs, remember
+from medssl.leftovers import find_leftovers, needs, remember, remove
 from medssl.recipe import Recipe
 from medssl.shifting import features, transfers
 from medssl.store import Store, open_store
@@ -112,6 +113,42 @@ def test_nothing_is_removed_where_a_studys_needs_cannot_be_told(study: Study, ca
     assert code == 2 and "run it once more" in said and finished(store) == before
     assert gc(store, "--drop", "other", "--delete", capsys=capsys)[0] == 0
     assert finished(store) < before
+
+
+@pytest.mark.parametrize("there", ["another", "none"])
+def test_files_of_a_recipe_are_those_it_was_run_with(
+    tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`gc` is run in another folder, where weights of that name are others, or are not."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one" / "weights.pth").write_bytes(b"these")
+    monkeypatch.chdir(tmp_path / "one")
+    study = make(tmp_path, {"arms": [{"name": "given", "initial_weights": "weights.pth"}]})
+    remember(study)
+    before = finished(study.store)
+    assert before
+    monkeypatch.chdir(tmp_path / "two")
+    if there == "another":
+        (tmp_path / "two" / "weights.pth").write_bytes(b"those")
+    code, _, said = gc(study.store, "--delete", capsys=capsys)
+    assert code == 0, said
+    assert finished(study.store) == before
+
+
+def test_what_a_run_that_began_meanwhile_needs_stays(study: Study) -> None:
+    store = study.store
+    again(store, **smaller())
+    before, found = finished(store), find_leftovers(store)
+    assert found.artifacts
+    remember(study)  # the recipe as it was is run again
+    assert remove(store, found) == 0 and finished(store) == before
+    again(store, **smaller())
+    found = find_leftovers(store)
+    again(store, study="new")
+    with pytest.raises(StoreError, match="study 'new' was started or changed meanwhile"):
+        remove(store, found)
+    assert finished(store) == before
 
 
 def test_a_running_study_keeps_what_it_may_still_need(study: Study, capsys: pytest.CaptureFixture[str]) -> None:

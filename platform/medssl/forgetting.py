@@ -14,6 +14,7 @@ import io
 import json
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from medssl.artifacts import FORGOTTEN, STUDIES, finished
 from medssl.datasets.card import CARD, Provenance, build_card
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.datasets.leakage import audit_leakage
-from medssl.datasets.packed import packed_name
 from medssl.datasets.pseudonyms import pseudonym
 from medssl.datasets.shards import SHARDS, ShardEntry, publish_shard
 from medssl.errors import DataError, MedsslError
@@ -72,18 +72,23 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
 
     Raises:
         DataError: there is no such dataset, or no image of the patient in it, or no other image would be left.
+        LeaseHeld: a study that uses the dataset is being run, or the dataset is being written.
     """
     found = open_dataset(dataset_uri(dataset, store))
     name = pseudonym(key, patient) if key is not None else patient
-    with lease(found.store, "ingest") as held:
+    with lease(found.store, "ingest") as held, ExitStack() as stack:
         found = open_dataset(found.uri)  # as it is now that nobody else writes it
         gone = set(found.index().loc[found.index()["patient_id"] == name, "image_id"])
         if not gone:
+            _sweep(found.store)  # of a removal that was broken off
             hint = "" if key is not None or not found.card["pseudonymised"] else ": its ids are keyed hashes, give the key"
             raise DataError(f"no image in {found.uri} is of this patient{hint}")
         if len(gone) == len(found):
             raise DataError(f"all images in {found.uri} are of this patient: delete the folder")
         used, elsewhere, studies, unreadable = _derived(found, store)
+        for study in sorted(studies):  # a run that has the images in its memory would publish what nobody marks
+            stack.enter_context(lease(store, f"study-{study}", wait=False))
+        store.delete_prefix(PACKED)  # copies for streamed bags, of whatever images there once were: made again when needed
         # What no study names is of recipes since changed: it may know the images, and a mark too many is no harm.
         artifacts = used | finished(store) - elsewhere
         _mark(store, found, len(gone), artifacts)  # before the images go: a removal may be broken off
@@ -91,7 +96,6 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
         for same in artifacts & _derived(open_dataset(found.uri), store)[0]:  # of other images: it is what it would be made again
             store.delete(f"{FORGOTTEN}/{same}.json")
             artifacts.remove(same)
-    store.delete_prefix(f"{PACKED}/{packed_name(found)}")
     return Forgotten(found.uri, len(gone), tuple(sorted(artifacts)), tuple(sorted(studies)), unreadable)
 
 
@@ -142,9 +146,18 @@ def _rewrite(dataset: Dataset, gone: set[str], held: Lease) -> None:
     )  # fmt: skip
     held.check()
     store.write(CARD, json.dumps(build_card(kept, entries, path, sha256, provenance), indent=1, ensure_ascii=False).encode())
-    there = {entry.key for prefix in (f"{SHARDS}/", "index-") for entry in store.list(prefix)} | {card["index"]["path"]}
-    for old in there - {entry.path for entry in entries} - {path}:
-        store.delete(old)
+    if card["index"]["path"] != path:
+        store.delete(card["index"]["path"])
+    _sweep(store)
+
+
+def _sweep(store: Store) -> None:
+    """Deletes shards and indexes that the card does not name."""
+    card = json.loads(store.read(CARD))
+    named = {shard["path"] for shard in card["shards"]} | {card["index"]["path"]}
+    for entry in (*store.list(f"{SHARDS}/"), *store.list("index-")):
+        if entry.key not in named:
+            store.delete(entry.key)
 
 
 def _without(store: Store, shard: dict[str, Any], gone: set[str]) -> ShardEntry | None:

@@ -70,14 +70,23 @@ def server_address(given: str | None) -> str:
 
 
 def read_token() -> str | None:
-    """The user's token, or None; never part of a message."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return os.environ["RAY_AUTH_TOKEN"].strip()
+    """The user's token, or None; never part of a message.
+
+    Raises:
+        RecipeError: what is there cannot be one.
+    """
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
+    source, token = "RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    if not token:
+        try:
+            source, token = str(path), path.read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+        except UnicodeDecodeError:
+            token = "\n"
+    if token and not (token.isascii() and token.isprintable()):
+        raise RecipeError(f"what {source} holds is no token: it has to be one line of plain characters")
+    return token or None
 
 
 class JobServer:

@@ -1,8 +1,9 @@
 """What no study of a store needs any more, and its removal: `medssl gc`.
 
-The studies of a store are those below `studies/`. Each keeps the recipe it was last started with (`wanted.json`), from which its
-artifacts' names follow as they do for a run. What is finished or half-made, and named by none of them, is left over: from
-recipes since changed, from labels since mended, from studies that were dropped. Datasets are never touched.
+The studies of a store are those below `studies/`. Each keeps the recipe it was last started with (`wanted.json`) and digests of
+the files that it named, from which its artifacts' names follow as they do for a run, wherever one is. What is finished or
+half-made, and named by none of them, is left over: from recipes since changed, from labels since mended, from studies that were
+dropped. Datasets are never touched.
 """
 
 from __future__ import annotations
@@ -61,12 +62,13 @@ class Leftovers:
 
 def remember(study: Study) -> None:
     """Keeps the recipe that a study is started with, before anything is made for it."""
-    data = json.dumps(study.recipe.canonical(), sort_keys=True, indent=1).encode()
+    kept = {"recipe": study.recipe.canonical(), "files": study.files}
+    data = json.dumps(kept, sort_keys=True, indent=1).encode()
     study.store.write(f"{STUDIES}/{study.recipe.study}/{WANTED}", data)
 
 
-def find_leftovers(store: Store, drop: Sequence[str] = ()) -> Leftovers:
-    """What is left over in a store, were the studies `drop` dropped.
+def find_leftovers(store: Store, drop: Sequence[str] = (), held: Sequence[str] = ()) -> Leftovers:
+    """What is left over in a store, were the studies `drop` dropped; `held` are studies whose leases the caller has.
 
     Raises:
         RecipeError: there is no study of such a name to drop.
@@ -80,7 +82,7 @@ def find_leftovers(store: Store, drop: Sequence[str] = ()) -> Leftovers:
     unreadable, running = {}, {}
     kept = [name for name in names if name not in drop]
     for name in names:
-        owner = _owner(store, name)
+        owner = None if name in held else _owner(store, name)
         if name in drop:
             if owner is not None:
                 running[name] = owner
@@ -103,6 +105,8 @@ def find_leftovers(store: Store, drop: Sequence[str] = ()) -> Leftovers:
 def remove(store: Store, found: Leftovers) -> int:
     """Removes the artifacts, and what the store has of dropped studies; how many objects' folders went.
 
+    Runs that begin meanwhile wait; what one that began before has come to need since stays.
+
     Raises:
         StoreError: a study cannot be read, or is being run, so that what it needs cannot be told; nothing was removed.
     """
@@ -113,15 +117,26 @@ def remove(store: Store, found: Leftovers) -> int:
     for name, owner in found.running.items():
         raise StoreError(f"nothing was removed: study '{name}' is being run by {owner}: wait for it, or stop it")
     with ExitStack() as stack:
-        for name in found.dropped:
-            stack.enter_context(lease(store, f"study-{name}", wait=False))
-        for artifact in found.artifacts:
+        held = []
+        for name in (*found.studies, *found.dropped):
+            try:
+                stack.enter_context(lease(store, f"study-{name}", wait=False))
+                held.append(name)
+            except LeaseHeld:
+                if name in found.dropped:
+                    raise
+        now = find_leftovers(store, found.dropped, held)
+        for new in set(now.studies) - set(found.studies) | set(now.unreadable) | set(now.running):
+            raise StoreError(f"nothing was removed: study '{new}' was started or changed meanwhile: list what is left over again")
+        still = {artifact.name for artifact in now.artifacts}
+        gone = [artifact for artifact in found.artifacts if artifact.name in still]
+        for artifact in gone:
             store.delete(marker_key(artifact.name))  # first: without its marker an artifact is none
             store.delete_prefix(f"{ARTIFACTS}/{artifact.name}")
             store.delete(f"{FORGOTTEN}/{artifact.name}.json")
         for name in found.dropped:
             store.delete_prefix(f"{STUDIES}/{name}")
-    return len(found.artifacts)
+    return len(gone)
 
 
 def needs(study: Study) -> tuple[set[str], bool]:
@@ -159,14 +174,16 @@ def stored_study(store: Store, name: str) -> Study | None:
     """The study as it was last started; None for the page of a recipe with several datasets."""
     place = store.sub(f"{STUDIES}/{name}")
     try:
-        recipe = Recipe.model_validate(json.loads(place.read(WANTED)))
+        kept = json.loads(place.read(WANTED))
+        recipe = Recipe.model_validate(kept["recipe"])
+        files = {name: dict(kept["files"][name]) for name in ("weights", "encoders")}
     except MissingKey:
         if not place.exists("planned.json"):
             return None
         raise StoreError("it was last run by a version that kept no recipe: run it once more") from None
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{place.uri_of(WANTED)} is not as medssl wrote it ({str(error).splitlines()[0]})") from None
-    return Study(recipe, store)
+    return Study(recipe, store, files=files)
 
 
 def _owner(store: Store, name: str) -> str | None:

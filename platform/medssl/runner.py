@@ -19,7 +19,6 @@ from medssl.datasets.dataset import Dataset
 from medssl.errors import StoreError
 from medssl.events import Event, OnEvent
 from medssl.leases import Lease, Owner, lease
-from medssl.leftovers import remember
 from medssl.mixes import Source
 from medssl.protocols import Protocol
 from medssl.results import StudyResult, build_report, load_result, make_current
@@ -60,7 +59,6 @@ class Runner:
     def run(self, *, rebuild_report: bool = False) -> StudyResult:
         """All stages in order; returns the tables."""
         study = self.study
-        remember(study)
         name = study.report_name()
         if name is not None and study.is_finished_name(name) and not rebuild_report:
             study.emit(Event("message", f"study '{study.recipe.study}' is finished: nothing to do"))

@@ -79,7 +79,12 @@ def _open(name: str, store: Store) -> Dataset:
 class Study:
     """One recipe over one store, with the state of its artifacts."""
 
-    def __init__(self, recipe: Recipe, store: Store, on_event: OnEvent | None = None, overrides: Sequence[str] = ()) -> None:
+    def __init__(
+        self, recipe: Recipe, store: Store, on_event: OnEvent | None = None, overrides: Sequence[str] = (),
+        files: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """`files` are the digests that `Study.files` had in an earlier run: given, no file of the recipe is looked for, since
+        what is here may be another, and artifacts' names are those of that run."""
         self.recipe = recipe
         self.store = store
         self.overrides = tuple(overrides)
@@ -94,12 +99,15 @@ class Study:
                 where, what = ("mix", "leave `dataset` out of that part of mix") if name in mixed else ("shifted", "name another")
                 raise RecipeError(f"{where} names {name}, the study's own dataset: {what}")
         others = {name: dataset.index() for name, dataset in self.others.items()}
+        self.files = files or {"weights": weights_digests(recipe, store), "encoders": own_encoders(recipe)}
+        """Digests of weights by arm, and of the sources of a user's own encoders."""
         self.specs = Specs(
-            recipe, self.dataset.index(), self.dataset.classes, weights_digests(recipe, store), others, own_encoders(recipe)
+            recipe, self.dataset.index(), self.dataset.classes, dict(self.files["weights"]), others, dict(self.files["encoders"])
         )  # fmt: skip
-        self.outside = {each.name: self._read_outside(each) for each in recipe.outside}
+        self.outside = {} if files else {each.name: self._read_outside(each) for each in recipe.outside}
         """Predictions from files by the arm's name."""
-        check_study(self)
+        if not files:
+            check_study(self)
         self._finished = finished(store)
         self._markers: dict[str, Marker] = {}
 
@@ -336,11 +344,13 @@ def run(
     Raises:
         MedsslError: with a message for the user.
     """
+    from medssl.leftovers import remember
     from medssl.runner import Runner
 
     loaded, opened = _prepare(recipe, store, overrides)
     study = Study(loaded, opened, on_event, overrides or told)
     with _study_lease(study) as held:
+        remember(study)  # before anything is looked at: from now on nothing of it is taken for left over
         study.refresh()
         with ExitStack() as stack:
             recorder = stack.enter_context(recorded(study.store, loaded.study, loaded.compute, study.emit))

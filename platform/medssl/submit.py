@@ -79,13 +79,13 @@ def submit(
             study with other values.
     """
     family = load_all(recipe, overrides)
-    scheme, _ = split_uri(store)
+    store = _store_of_a_job(store)
     settings = _variables(variables)
     version = server.probe()
     _check_version(version)
     if server.is_open():
         tell(f"warning: the cluster at {server.address} asks for no token: whoever reaches it can run programs on it")
-    if scheme == "file":
+    if store.startswith("file:"):
         tell(f"the store {store} is a folder: it must be the same one on every node of the cluster")
     digest = digest_json({name: each.canonical() for name, each in family.recipes.items()})
     name = family.name
@@ -104,7 +104,8 @@ def submit(
     command += [word for override in overrides for word in ("--set", override)]
     with tempfile.TemporaryDirectory(prefix="medssl-job-") as folder:
         _pack(Path(folder), Path(recipe), include)
-        return _send(server, _job_id(server, name, digest), shlex.join(command), Path(folder), settings, metadata)
+        job = _job_id(server, name, digest_json([digest, store]))
+        return _send(server, job, shlex.join(command), Path(folder), settings, metadata)
 
 
 def follow(server: JobServer, job: str, write: Callable[[str], None]) -> int:
@@ -118,7 +119,10 @@ def follow(server: JobServer, job: str, write: Callable[[str], None]) -> int:
         written += _tail(server, job, written, write)
         found = _patiently(lambda: server.job(job))
         if found.is_over:
-            write(_patiently(lambda: server.logs(job))[written:])
+            try:
+                write(_patiently(lambda: server.logs(job))[written:])
+            except ClusterError as error:  # the node that kept them is gone; how the job ended is known all the same
+                write(f"medssl: the rest of the log cannot be read: {error}\n")
             return exit_code(found)
         time.sleep(1.0)
 
@@ -136,7 +140,7 @@ def find_job(server: JobServer, name: str) -> Job:
     """The job of this id, or the running (else latest) one of this study.
 
     Raises:
-        ClusterError: there is none.
+        ClusterError: there is none, or several run.
     """
     found = server.jobs()
     for job in found:
@@ -145,7 +149,11 @@ def find_job(server: JobServer, name: str) -> Job:
     of_study = [job for job in found if job.metadata.get(STUDY) == name]
     if not of_study:
         raise ClusterError(f"no job and no study '{name}' on {server.address}: `medssl jobs` lists them")
-    return next((job for job in of_study if not job.is_over), of_study[0])
+    running = [job for job in of_study if not job.is_over]
+    if len(running) > 1:
+        several = ", ".join(f"{job.id} ({job.metadata.get(SUBMITTER)}, {job.metadata.get(STORE)})" for job in running)
+        raise ClusterError(f"several jobs run a study '{name}': name one of {several}")
+    return (running or of_study)[0]
 
 
 def stop(server: JobServer, job: Job, *, wait_seconds: float = STOP_SECONDS + 30) -> Job:
@@ -193,6 +201,23 @@ def _check_resources(family: Family, there: Mapping[str, float]) -> None:
                 )
 
 
+def _store_of_a_job(given: str) -> str:
+    """The store's URI in one form, since jobs are told apart by it.
+
+    Raises:
+        RecipeError: a path that begins in the folder one happens to be in.
+    """
+    scheme, place = split_uri(given)
+    if scheme == "s3":
+        return f"s3://{place}"
+    if not given.startswith(("/", "~", "file:///")):
+        raise RecipeError(
+            f"store '{given}' is a folder below this one, which the cluster does not have: give --store s3://BUCKET/PATH, or the "
+            "absolute path of a folder that every node mounts"
+        )
+    return Path(place).as_uri()
+
+
 def _running(jobs: Sequence[Job], study: str, store: str) -> Job | None:
     for job in jobs:
         if not job.is_over and job.metadata.get(STUDY) == study and job.metadata.get(STORE) == store:
@@ -215,6 +240,11 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
         if not separator and name not in os.environ:
             raise RecipeError(f"--env {name} is not set here: write {name}=VALUE, or set it")
         found[name] = value if separator else os.environ[name]
+        if re.search(r"://[^/@\s]+@", found[name]):
+            raise RecipeError(
+                f"--env {name} holds a URL with a user or password, and Ray keeps and shows what a job is given: set it on the "
+                "nodes instead (cluster/README.md: credentials)"
+            )
     return found
 
 
@@ -234,9 +264,10 @@ def _pack(folder: Path, recipe: Path, include: Sequence[str]) -> None:
 
 
 def _job_id(server: JobServer, study: str, digest: str) -> str:
-    """`<study>-<recipe>-<number>`: two who submit at once choose the same, and one is told that it is taken."""
+    """`<study>-<recipe and store>-<number>`: two who submit at once choose the same, and one is told that it is taken."""
     stem = f"{study}-{digest[:8]}"
-    return f"{stem}-{1 + sum(job.id.rpartition('-')[0] == stem for job in server.jobs())}"
+    numbers = [job.id.removeprefix(f"{stem}-") for job in server.jobs() if job.id.startswith(f"{stem}-")]
+    return f"{stem}-{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
 
 
 def _send(
@@ -261,7 +292,7 @@ def _send(
             if "No available agent" in str(error) and time.monotonic() < end:  # a head that has only just come up
                 time.sleep(2.0)
                 continue
-            if "already" in str(error) and any(job.id == name for job in server.jobs()):
+            if "already" in str(error) and any(job.id == name and not job.is_over for job in server.jobs()):
                 return Submitted(name, attached=True)
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise ClusterError(f"{server.address} did not take the job ({(lines or ['no reason given'])[-1][:300]})") from None
@@ -296,7 +327,10 @@ def _tail(server: JobServer, job: str, skip: int, write: Callable[[str], None]) 
                 write(fresh)
                 written += len(fresh)
 
-    with contextlib.suppress(OSError, RuntimeError):  # whatever cut it: the job's state, asked for next, tells what it means
+    from aiohttp import ClientError  # type: ignore[import-not-found,unused-ignore]
+
+    # Whatever cut it: the job's state, asked for next, tells what it means.
+    with contextlib.suppress(OSError, RuntimeError, ClientError):
         asyncio.run(read())
     return written
 

@@ -130,6 +130,8 @@ def test_bad_tables_are_one_line(tmp_path: Path, text: str, options: dict[str, o
         ("s3://bucket/images/1.jpg", "s3://bucket/images", "s3://bucket/images/1.jpg"),
         ("a/../1.jpg", "s3://bucket", "s3://bucket/1.jpg"),
         ("..1.jpg", "s3://bucket/images/", "s3://bucket/images/..1.jpg"),
+        ("link/../1.jpg", "/pictures", "/pictures/1.jpg"),
+        ("1.jpg", "file:///my%20pictures", "/my pictures/1.jpg"),
     ],
 )
 def test_paths_below_the_root(tmp_path: Path, path: str, root: str, expected: str) -> None:

@@ -264,3 +264,13 @@ def test_server_killed_and_restarted(s3_server: Ceph, s3_store: Store) -> None:
         thread.join(60)
     assert errors == []
     assert all(turns[number] > at_stop[number] for number in range(8)), "not all went on"
+
+
+def test_a_second_server_in_a_folder_is_refused_and_does_not_end_the_first(s3_server: Ceph, s3_store: Store) -> None:
+    s3_store.write("key", b"value")
+    second = Ceph(s3_server.folder)
+    with pytest.raises(RuntimeError, match=r"a server runs in .* already"):
+        second.start()
+    second.stop()
+    assert s3_store.read("key") == b"value"
+    assert s3_server.folder.stat().st_mode & 0o077 == 0, "others can read the keys in its logs"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from medssl.cli import main
 from medssl.compute import Compute, TrackingParams
 from medssl.errors import MedsslError, RecipeError
+from medssl.stages import tracking
 from medssl.stages.tracking import check, key_of, tell_scores, tracked
 
 mlflow = pytest.importorskip("mlflow")
@@ -86,6 +89,48 @@ def test_a_tracker_that_fails_is_a_warning_and_the_work_goes_on(tmp_path: Path, 
     assert "MLflow is told nothing more of this run" in warning.getMessage() and "\n" not in warning.getMessage()
 
 
+def test_a_server_that_hangs_holds_up_nothing_but_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes connections and never answers."""
+    monkeypatch.setattr(tracking, "END_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as deaf, caplog.at_level(logging.WARNING):
+        began = time.monotonic()
+        with work(f"http://127.0.0.1:{deaf.getsockname()[1]}") as say:
+            for step in range(20_000):  # more than are kept for it
+                say({"loss": 1.0}, step)
+            within = time.monotonic() - began
+        whole = time.monotonic() - began
+    assert within < 5 and 1 <= whole < 10
+    assert [r.getMessage() for r in caplog.records if r.name == "medssl.stages.tracking"] == [
+        "MLflow does not answer: the rest of this run is not told to it"
+    ]
+
+
+def test_work_that_says_it_failed(tmp_path: Path) -> None:
+    uri = database(tmp_path)
+    check(TrackingParams(mlflow=uri), "s")
+    with work(uri) as say:
+        say({"loss": 1.0}, 1)
+        say.failed = True
+    assert [run.info.status for run in runs_of(uri, "s")] == ["FAILED"]
+
+
+def test_a_run_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    uri = database(tmp_path)
+    check(TrackingParams(mlflow=uri), "s")
+    mlflow.set_tracking_uri(uri)
+    with mlflow.start_run(run_name="mine") as mine:
+        with work(uri) as say:
+            say({"loss": 1.0}, 1)
+        assert mlflow.active_run().info.run_id == mine.info.run_id
+        mlflow.log_metric("mine", 2.0)
+    own = mlflow.MlflowClient(tracking_uri=uri).get_run(mine.info.run_id)
+    assert own.data.metrics == {"mine": 2.0}
+    [run] = runs_of(uri, "s")
+    assert run.data.metrics == {"loss": 1.0}
+
+
 def test_scores_of_each_arm_are_a_run(tmp_path: Path) -> None:
     uri = database(tmp_path)
     rows = [
@@ -108,9 +153,9 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    tracking = TrackingParams(wandb="group/project")
-    check(tracking, "s")
-    with tracked(tracking, study="s", kind="search", name="trial", key=key_of("t"), config={"learning_rate": 0.1}) as say:
+    asked = TrackingParams(wandb="group/project")
+    check(asked, "s")
+    with tracked(asked, study="s", kind="search", name="trial", key=key_of("t"), config={"learning_rate": 0.1}) as say:
         say({"score": 0.25}, 1)
         say({"score": 0.5, "none": None}, 2)
     [path] = tmp_path.glob("wandb/offline-run-*/*.wandb")

@@ -82,19 +82,18 @@ def resolve_uri(path: str, root: str) -> str:
     Raises:
         DataError: it is not below `root`: a table from elsewhere must not reach other files by the way.
     """
+    root, path = (unquote(urlsplit(text).path) if text.startswith("file://") else text for text in (root, path))
     base = root.rstrip("/") if root.startswith("s3://") else str(Path(root).expanduser().absolute())
-    if path.startswith("file://"):
-        path = unquote(urlsplit(path).path)
     relative = not path.startswith(("s3://", "/"))
     full = f"{base.rstrip('/')}/{path}" if relative else path
     if not _below(full, base):
         raise DataError(
             f"image path {path!r} leads out of {root}: write paths below it, or give --root a folder or s3:// URI that holds all"
         )
-    if relative and full.startswith("s3://"):  # a key is taken as it is written: what climbs is written out
-        bucket, _, key = full.removeprefix("s3://").partition("/")
-        return f"s3://{bucket}/{posixpath.normpath(key)}"
-    return full
+    if not full.startswith("s3://"):  # what climbs is written out: behind a link the system would climb elsewhere
+        return posixpath.normpath(full)
+    bucket, _, key = full.removeprefix("s3://").partition("/")
+    return f"s3://{bucket}/{posixpath.normpath(key)}" if relative else full
 
 
 def _below(full: str, base: str) -> bool:

@@ -58,7 +58,11 @@ def connected(
 
 @contextmanager
 def _grown(cpus: int, gpus: float, minutes: float, tell: Callable[[str], None]) -> Iterator[None]:
-    """Asks an autoscaler for what is missing and waits for it; keeps asking for the time of the block."""
+    """Asks an autoscaler for what is missing and waits for it.
+
+    A cluster has one such request, whoever made it, until another takes its place: it is repeated while this run waits, and
+    withdrawn when the nodes are there, which the run's own work then holds.
+    """
     wanted = {"CPU": float(cpus), "GPU": float(gpus)}
 
     def missing() -> dict[str, float]:
@@ -70,16 +74,16 @@ def _grown(cpus: int, gpus: float, minutes: float, tell: Callable[[str], None]) 
         return
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[{"CPU": 1}] * cpus + [{"GPU": 1}] * math.ceil(gpus))
     try:
         amounts = " and ".join(f"{amount:g} {name}s" for name, amount in missing().items())
         tell(f"the cluster has not {amounts} yet: waiting for its nodes for up to {minutes:g} minutes")
         end = time.monotonic() + 60 * minutes
         while missing() and time.monotonic() < end:
+            request_resources(bundles=[{"CPU": 1}] * cpus + [{"GPU": 1}] * math.ceil(gpus))
             time.sleep(_POLL_SECONDS)
-        yield
     finally:
         request_resources(bundles=[])
+    yield
 
 
 def _tell_of_a_queue(cpus: int, gpus: float, tell: Callable[[str], None]) -> None:

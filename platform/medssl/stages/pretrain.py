@@ -36,7 +36,7 @@ from medssl.stages.exporter import export
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, answered, board
 from medssl.stages.specs import Spec
-from medssl.stages.tracking import Say, key_of, tracked
+from medssl.stages.tracking import Tracked, key_of, tracked
 from medssl.stopping import Stopped, orderly_stop
 from medssl.store import Store, open_store
 from medssl.streams import StreamFeed, stream_sources, user_error
@@ -143,6 +143,8 @@ def run_pretrain(
     )  # fmt: skip
     output.delete_prefix("checkpoints/")  # finished: the encoder is the result
     output.delete(STAGED)
+    if wanted.is_set():  # it came when there was no step left to stop at
+        raise Stopped(f"{spec.label} is finished, the study is stopped after it")
     return marker
 
 
@@ -243,7 +245,7 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
 
     answer: Any = None
 
-    def post(progress: Any, say: Say) -> bool:
+    def post(progress: Any, say: Tracked) -> bool:
         """Reports; whether the answer to the last report was to stop. Nothing waits for an answer that is under way."""
         nonlocal answer
         if process.rank != 0:
@@ -270,6 +272,7 @@ def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:
             monitor_every_epochs=compute.monitor_every_epochs or 1,
             labels_N=None if job.labels is None else torch.tensor(job.labels),
         )  # fmt: skip
+        say.failed = result.status != "finished"
     return asdict(result)
 
 

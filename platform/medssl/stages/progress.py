@@ -5,8 +5,11 @@ The board is a Ray actor that takes no CPU; a lost report is harmless, the next 
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +19,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 OnProgress = Callable[[int, int, str], None]
 """Called with (done, total, note); done and total count images."""
+
+
+SILENT_SECONDS = 300.0
+"""How long a run that is to stop waits for a report: half of what `medssl stop` gives it."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +69,28 @@ def board(
     on_progress: OnProgress | None, stop_wanted: threading.Event | None = None, poll_seconds: float = 0.5
 ) -> Iterator[Any]:
     """A board whose summed reports are handed to `on_progress` from a thread of this process; yields its actor handle. Once
-    `stop_wanted` is set, workers are told so in answer to their reports."""
+    `stop_wanted` is set, workers are told so in answer to their reports; where none comes for five minutes (nobody works: the
+    cluster is busy, a node is lost) this process is sent a second SIGTERM, which ends it at once."""
     # On the driver's node: it is lost with the driver, not with a worker's node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     handle = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     over = threading.Event()
 
     def watch() -> None:
-        told = False
+        seen: dict[str, Report] | None = None
+        silent_since: float | None = None
         while not over.wait(poll_seconds):
-            if stop_wanted is not None and stop_wanted.is_set() and not told:
-                handle.stop.remote()
-                told = True
-            _draw(handle, on_progress)
+            reports = _read(handle)
+            if stop_wanted is not None and stop_wanted.is_set():
+                if silent_since is None:
+                    handle.stop.remote()
+                if silent_since is None or reports != seen:
+                    silent_since = time.monotonic()
+                elif time.monotonic() - silent_since > SILENT_SECONDS:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+            seen = reports
+            _draw(reports, on_progress)
 
     thread = threading.Thread(target=watch, name="medssl-progress", daemon=True)
     thread.start()
@@ -83,17 +99,18 @@ def board(
     finally:
         over.set()
         thread.join(timeout=5)
-        _draw(handle, on_progress)
+        _draw(_read(handle), on_progress)
         ray.kill(handle)
 
 
-def _draw(handle: Any, on_progress: OnProgress | None) -> None:
-    if on_progress is None:
-        return
+def _read(handle: Any) -> dict[str, Report]:
     try:
-        reports = ray.get(handle.read.remote(), timeout=5)
+        return dict(ray.get(handle.read.remote(), timeout=5))
     except ray.exceptions.RayError:  # the cluster is going away; the stage itself says what happened
-        return
-    if reports:
+        return {}
+
+
+def _draw(reports: Mapping[str, Report], on_progress: OnProgress | None) -> None:
+    if reports and on_progress is not None:
         last = list(reports.values())[-1]
         on_progress(sum(r.done for r in reports.values()), sum(r.total for r in reports.values()), last.note)

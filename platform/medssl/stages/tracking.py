@@ -13,9 +13,12 @@ import importlib.util
 import logging
 import math
 import os
+import queue
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Say = Callable[[Mapping[str, Any], int], None]
-"""Called with values by name and the step they are of; what is no finite number is left out."""
+END_SECONDS = 30.0
+"""How long the end of a run waits for a tracker."""
+_MOST_WAITING = 10_000
 _KEY = "medssl.key"
 _QUIET = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -75,10 +79,25 @@ def check(tracking: TrackingParams, study: str) -> None:
         )
 
 
+class Tracked:
+    """Called with values by name and the step they are of; what is no finite number is left out."""
+
+    def __init__(self, trackers: Sequence[_Background]) -> None:
+        self._trackers = trackers
+        self.failed = False
+        """Set where the work did not come to its end without an exception."""
+
+    def __call__(self, values: Mapping[str, Any], step: int) -> None:
+        """Tells every tracker; waits for none."""
+        finite = {k: float(v) for k, v in values.items() if isinstance(v, Real) and math.isfinite(v)}
+        for each in self._trackers:
+            each.say(finite, step)
+
+
 @contextmanager
 def tracked(
     tracking: TrackingParams, *, study: str, kind: str, name: str, key: str, config: Mapping[str, Any]
-) -> Iterator[Say]:
+) -> Iterator[Tracked]:
     """One run of each tracker, for the block.
 
     Args:
@@ -89,53 +108,60 @@ def tracked(
         config: parameters, nested as they are.
     """
     _prepare()
-    with ExitStack() as stack:
-        says: list[Say] = []
-        if tracking.mlflow is not None:
-            uri = tracking.mlflow
-            says.append(stack.enter_context(_guarded("MLflow", lambda: _Mlflow(uri, study, kind, name, key, config))))
-        if tracking.wandb is not None:
-            where = tracking.wandb
-            says.append(
-                stack.enter_context(_guarded("Weights & Biases", lambda: _Wandb(where, study, kind, name, key, config)))
-            )
-
-        def say(values: Mapping[str, Any], step: int) -> None:
-            finite = {k: float(v) for k, v in values.items() if isinstance(v, Real) and math.isfinite(v)}
-            for each in says:
-                each(finite, step)
-
-        yield say
-
-
-@contextmanager
-def _guarded(whose: str, open_: Callable[[], _Tracker]) -> Iterator[Say]:
-    """A tracker whose first failure is its last: a warning, and the work goes on without it."""
-    tracker: list[_Tracker] = []
-
-    def attempt(call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except Exception as error:
-            tracker.clear()
-            reason = (str(error).strip().splitlines() or [""])[0]
-            logger.warning("%s is told nothing more of this run: %s: %s", whose, type(error).__name__, reason[:300])
-
-    opened = attempt(open_)
-    if opened is not None:
-        tracker.append(opened)
-
-    def say(values: Mapping[str, Any], step: int) -> None:
-        for each in tuple(tracker):
-            attempt(lambda each=each: each.say(dict(values), step))  # type: ignore[misc]
-
-    failed = True
+    trackers, facts = [], (study, kind, name, key, config)
+    if tracking.mlflow is not None:
+        trackers.append(_Background("MLflow", partial(_Mlflow, tracking.mlflow, *facts)))
+    if tracking.wandb is not None:
+        trackers.append(_Background("Weights & Biases", partial(_Wandb, tracking.wandb, *facts)))
+    said = Tracked(trackers)
     try:
-        yield say
-        failed = False
+        yield said
+    except BaseException:
+        said.failed = True
+        raise
     finally:
-        for each in tuple(tracker):
-            attempt(lambda each=each: each.end(failed=failed))  # type: ignore[misc]
+        for each in trackers:
+            each.end(failed=said.failed)
+
+
+class _Background:
+    """A tracker in a thread of its own, which nobody waits for: a server that hangs costs END_SECONDS at the end of a run and
+    nothing before. Its first failure is its last: a warning, and the work goes on without it."""
+
+    def __init__(self, whose: str, open_: Callable[[], _Tracker]) -> None:
+        self._whose, self._open = whose, open_
+        self._waiting: queue.Queue[Callable[[_Tracker], None] | None] = queue.Queue(_MOST_WAITING)
+        self._lost = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"medssl-{whose}", daemon=True)
+        self._thread.start()
+
+    def say(self, values: dict[str, float], step: int) -> None:
+        """Leaves it to the thread; what it is too slow for is dropped."""
+        if not self._lost.is_set():
+            with suppress(queue.Full):
+                self._waiting.put_nowait(lambda tracker: tracker.say(values, step))
+
+    def end(self, *, failed: bool) -> None:
+        """Gives it END_SECONDS to end the run."""
+        with suppress(queue.Full):
+            self._waiting.put_nowait(lambda tracker: tracker.end(failed=failed))
+            self._waiting.put_nowait(None)
+        self._thread.join(END_SECONDS)
+        if self._thread.is_alive():
+            logger.warning("%s does not answer: the rest of this run is not told to it", self._whose)
+        self._lost.set()
+
+    def _work(self) -> None:
+        try:
+            tracker = self._open()
+            while (call := self._waiting.get()) is not None:
+                call(tracker)
+        except Exception as error:
+            if self._lost.is_set():  # it was given up before
+                return
+            self._lost.set()
+            reason = (str(error).strip().splitlines() or [""])[0]
+            logger.warning("%s is told nothing more of this run: %s: %s", self._whose, type(error).__name__, reason[:300])
 
 
 class _Mlflow:
@@ -153,16 +179,20 @@ class _Mlflow:
                 dict(config), tracking_uri=uri, experiment_id=experiment, run_name=name,
                 tags={_KEY: key, "medssl.kind": kind}, rank_zero_only=False,
             )  # fmt: skip
+        except BaseException:
+            import mlflow
+
+            mlflow.end_run("FAILED")
+            raise
         finally:
             os.environ.pop("MLFLOW_RUN_ID", None)
 
     def say(self, values: dict[str, float], step: int) -> None:
-        """In MLflow's own thread."""
-        self._mlflow.log_metrics(values, step=step, synchronous=False)
+        """Logs them."""
+        self._mlflow.log_metrics(values, step=step)
 
     def end(self, *, failed: bool) -> None:
-        """Waits for what is under way."""
-        self._mlflow.flush_async_logging()
+        """Ends the run."""
         self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
@@ -176,16 +206,18 @@ class _Wandb:
         entity, _, short = project.rpartition("/")
         self._run = setup_wandb(
             dict(config), project=short, entity=entity or None, trial_id=key, trial_name=name, group=study, job_type=kind,
-            rank_zero_only=False, settings=wandb.Settings(console="off", disable_git=True, disable_code=True),
+            rank_zero_only=False, settings=wandb.Settings(
+                console="off", disable_git=True, disable_code=True, init_timeout=END_SECONDS, finish_timeout=END_SECONDS
+            ),
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")
 
     def say(self, values: dict[str, float], step: int) -> None:
-        """In the background."""
+        """Logs them."""
         self._run.log({"step": step, **values})
 
     def end(self, *, failed: bool) -> None:
-        """Waits for what is under way."""
+        """Ends the run, which uploads what is left."""
         self._run.finish(exit_code=int(failed))
 
 
