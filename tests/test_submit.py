@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import socket
 import threading
 import time
@@ -14,9 +15,17 @@ import pytest
 from medssl.cli import main
 from medssl.errors import RecipeError
 from medssl.job_server import ClusterError, Job, JobServer, read_token, server_address
-from medssl.submit import RECIPE_FILE, _pack, _variables, exit_code
+from medssl.submit import RECIPE_FILE, _job_id, _pack, _store_of_a_job, _variables, exit_code, find_job
 
 CANARY = "token-canary-5e0d"
+JOBS = [
+    {"submission_id": f"{study}-{number}", "status": status, "start_time": number,
+     "metadata": {"medssl_study": study, "medssl_store": f"s3://{number}", "medssl_submitter": "ann"}}
+    for study, number, status in (
+        ("a", 1, "RUNNING"), ("a", 2, "RUNNING"), ("b", 3, "RUNNING"), ("b", 4, "FAILED"), ("c-1f", 9, "SUCCEEDED"),
+        ("c", 5, "FAILED"),
+    )
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +64,7 @@ def other() -> Iterator[tuple[str, list[str]]]:
                 return
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b"<html>hello</html>")
+            self.wfile.write(json.dumps(JOBS).encode() if self.path == "/api/jobs/" else b"<html>hello</html>")
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -174,3 +183,54 @@ def test_a_job_gets_the_recipe_and_what_is_named_and_nothing_else(tmp_path: Path
 )
 def test_exit_codes(status: str, left_with: int | None, code: int) -> None:
     assert exit_code(Job("a", status, "", {}, 1, 2, left_with)) == code
+
+
+def test_a_study_that_runs_twice_has_to_be_named_by_its_job(other: tuple[str, list[str]]) -> None:
+    server = JobServer(other[0])
+    with pytest.raises(ClusterError, match=r"several jobs run a study 'a': name one of a-2 \(ann, s3://2\), a-1 \(ann, s3://1\)"):
+        find_job(server, "a")
+    assert [find_job(server, name).id for name in ("a-1", "b", "c")] == ["a-1", "b-3", "c-5"]
+    with pytest.raises(ClusterError, match="no job and no study 'd'"):
+        find_job(server, "d")
+
+
+def test_the_number_of_a_job_is_one_that_none_has_had(other: tuple[str, list[str]]) -> None:
+    """Jobs that were deleted leave gaps: a count would give the number of one that is there."""
+    server = JobServer(other[0])
+    assert _job_id(server, "c", "1f") == "c-1f-10" and _job_id(server, "c", "2e") == "c-2e-1"
+
+
+@pytest.mark.parametrize(
+    ("given", "uri"),
+    [
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("S3://bucket//a", "s3://bucket/a"),
+        ("/mnt/lab", "file:///mnt/lab"),
+        ("file:///mnt/my%20lab/", "file:///mnt/my%20lab"),
+    ],
+)
+def test_a_store_has_one_name(given: str, uri: str) -> None:
+    assert _store_of_a_job(given) == uri
+
+
+@pytest.mark.parametrize("given", ["medssl-store", "./store", "../store", "file:store"])
+def test_a_store_below_this_folder_is_none_for_a_cluster(given: str) -> None:
+    with pytest.raises(RecipeError, match="which the cluster does not have: give --store s3://"):
+        _store_of_a_job(given)
+
+
+@pytest.mark.parametrize("token", [f"{CANARY}\nsecond line", f"{CANARY}\u2026", f"{CANARY}\x00"])
+def test_what_is_no_token_is_refused_and_not_repeated(
+    token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "token"
+    path.write_text(token, encoding="utf-8")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    said = one_line(capsys, "jobs", "--address", "http://127.0.0.1:9")
+    assert f"what {path} holds is no token" in said and CANARY not in said
+
+
+def test_a_variable_with_a_password_in_its_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="--env HTTPS_PROXY holds a URL with a user or password") as caught:
+        _variables([f"HTTPS_PROXY=http://me:{CANARY}@proxy:3128"])
+    assert CANARY not in str(caught.value)
