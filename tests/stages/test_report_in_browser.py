@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import pytest
 from tests.judged_study import study
 from tests.stages.test_report import fake_data, png
 
+from medssl.forms import FigureForm, TableForm
 from medssl.judging import judge
 from medssl.results import _scores_frame, _summary_frame
-from medssl.stages.report import render
+from medssl.stages.report import render, render_together
 from medssl.stages.report_data import COLUMNS, EmbeddingMap, Mistake, PublishedFacts, ReportData
 from medssl.statistics import PublishedTest, recompute_published
 
@@ -52,13 +53,53 @@ def whole() -> ReportData:
         published=[PublishedFacts("paper 000", "accuracy", 35, rows, {"SSL": "random"}, "probe", tests)],
         label_curves={"probe": {"probe": 100, "tune": 1000}},
         shifted=pd.DataFrame([away], columns=list(COLUMNS["shifted"])), shifted_notes=["clinic: 2,750 images."],
+        tables=[TableForm.model_validate(TABLE)], figures=[FigureForm.model_validate(FIGURE)],
+        leaks=["The images of split test were used in the pretraining of random."],
     )  # fmt: skip
 
 
+CELL = {"protocol": "probe", "metric": "balanced_accuracy", "decimals": 5}
+TABLE = {
+    "title": "Table 4. Fine-tuning of models pre-trained once and twice.", "heads": ["Initial", "Further dataset", "Method"],
+    "columns": [CELL | {"title": title, "value": value} for title in ("Accuracy", "F1") for value in ("mean", "std")],
+    "rows": [{"cells": ["Pre-trained once"]}, {"cells": ["Self-supervised", "–", "–"], "arm": "random"}],
+}  # fmt: skip
+FIGURE = {
+    "title": "Figure 4. Fewer labels.", "x_title": "labels", "protocol": "probe", "metric": "balanced_accuracy",
+    "lines": {"random": "Random"}, "points": [{"label": "100"}, {"label": "1,000", "protocol": "tune"}],
+}  # fmt: skip
+
+
+def several() -> dict[str, bytes]:
+    """The page of a recipe with two datasets."""
+    scores, names = whole().scores, ("skin", "chest")
+    columns = [CELL | {"title": name, "dataset": name} for name in names]
+    data = ReportData(
+        "several-datasets", description="Several.", by_dataset=dict.fromkeys(names, scores),
+        tables=[TableForm.model_validate(TABLE | {"columns": columns})],
+        figures=[FigureForm.model_validate(FIGURE | {"panels": {name: name.title() for name in names}})],
+    )  # fmt: skip
+    return render_together(data, {name: f"a-study-with-a-long-name-on-several-datasets.{name}" for name in names})
+
+
 @pytest.mark.parametrize("width", [1200, 400])
-def test_the_page_is_whole_in_itself_and_fits(browser: Any, tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(
+    ("make", "sections"),
+    [
+        (
+            lambda: render(whole()),
+            {"result", "forms", "training", "believed", "subgroups", "embedding", "mistakes", "published", "labels", "shifted",
+             "run"},
+        ),
+        (several, {"forms", "studies"}),
+    ],
+    ids=["study", "several"],
+)  # fmt: skip
+def test_the_page_is_whole_in_itself_and_fits(
+    browser: Any, tmp_path: Path, width: int, make: Callable[[], dict[str, bytes]], sections: set[str]
+) -> None:
     path = tmp_path / "report.html"
-    path.write_bytes(render(whole())["report.html"])
+    path.write_bytes(make()["report.html"])
     page = browser.new_page(viewport={"width": width, "height": 900})
     requests: list[str] = []
     said: list[str] = []
@@ -68,8 +109,7 @@ def test_the_page_is_whole_in_itself_and_fits(browser: Any, tmp_path: Path, widt
     page.goto(path.as_uri(), wait_until="load")
     for fold in page.query_selector_all("details > summary"):
         fold.click()
-    sections = {element.get_attribute("id") for element in page.query_selector_all("section")}
-    assert {"result", "believed", "subgroups", "embedding", "mistakes", "published", "labels", "shifted", "run"} <= sections
+    assert sections <= {element.get_attribute("id") for element in page.query_selector_all("section")}
     assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()] and said == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     # what is wider scrolls in a region of its own; text is never cut off, nor smaller than a telephone shows

@@ -20,6 +20,10 @@ from medssl.store import Store, open_store
 pytestmark = pytest.mark.ray
 
 COMPUTE = Compute(concurrent_trials=2, max_failures=1)
+PAPER_004 = Search(
+    learning_rate=(1e-5, 1e-4, 1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1), weight_decay=(0.0, 1e-5, 1e-4, 1e-3)
+)  # fmt: skip
+"""As many points as paper 004 tries: 7 by 4."""
 GRID = Search(learning_rate=(0.001, 0.01, 0.1), weight_decay=(0.0, 0.01))
 
 
@@ -55,24 +59,24 @@ def test_a_grid_is_tried_whole_and_each_point_once(
     capfd.readouterr()
     seen: list[tuple[int, int, str]] = []
     found = search(
-        logged(tmp_path, hill), GRID, store=store, name="search-a", compute=COMPUTE,
+        logged(tmp_path, hill), PAPER_004, store=store, name="search-a", compute=COMPUTE,
         on_progress=lambda *report: seen.append(report),
     )  # fmt: skip
-    wanted = [(rate, decay) for rate in GRID.learning_rate for decay in GRID.weight_decay]
+    wanted = [(rate, decay) for rate in PAPER_004.learning_rate for decay in PAPER_004.weight_decay]
     assert sorted((c["learning_rate"], c["weight_decay"]) for c in calls(tmp_path)) == wanted
     assert [(p["learning_rate"], p["weight_decay"]) for p, _ in found.points] == wanted
     assert [score for _, score in found.points] == pytest.approx([hill(p) for p, _ in found.points])
     assert found.best == {"learning_rate": 0.01, "weight_decay": 0.0}
     assert found.score == pytest.approx(0.9)
     assert not found.on_edge
-    assert seen[0][:2] == (0, 6)
-    assert seen[-1] == (6, 6, "6 of 6 trials")
+    assert seen[0][:2] == (0, 28)
+    assert seen[-1] == (28, 28, "28 of 28 trials")
     assert {entry.key.split("/")[0] for entry in store.list()} == {"trials"}  # nothing of Tune's is left
     assert capfd.readouterr() == ("", "")
 
-    again = search(logged(tmp_path, hill), GRID, store=store, name="search-a", compute=COMPUTE)
+    again = search(logged(tmp_path, hill), PAPER_004, store=store, name="search-a", compute=COMPUTE)
     assert again == found
-    assert len(calls(tmp_path)) == 6
+    assert len(calls(tmp_path)) == 28
 
 
 def test_an_interrupted_search_goes_on_where_it_was(ray_session: Any, store: Store, tmp_path: Path) -> None:
