@@ -117,6 +117,7 @@ def _add_ingest(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--to", required=True, metavar="URI", help="where the dataset goes: s3://bucket/path or file:///folder")
     sub.add_argument("--root", help="folder or s3:// URI that image paths start from and never leave (default: the table's)")
     sub.add_argument("--layout", metavar="NAME", help=f"the unpacked folder of a public dataset: {', '.join(_LAYOUTS)}")
+    sub.add_argument("--partial", action="store_true", help="take a folder with fewer images than the public dataset has")
     sub.add_argument("--name", help="name of the dataset (default: the last part of the URI)")
     for column in _COLUMNS:
         sub.add_argument(f"--{column}-column", metavar="COLUMN", help=f"column that holds the {column.replace('-', ' ')}")
@@ -293,6 +294,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
     options = IngestOptions(
         name=arguments.name,
         layout=arguments.layout,
+        partial=arguments.partial,
         columns=TableColumns(**{name: getattr(arguments, f"{name}_column") for name in names}),
         root=arguments.root,
         label_separator=arguments.label_separator,

@@ -51,7 +51,7 @@ def made(name: str, root: Path) -> Path:
 
 
 def rows(name: str, root: Path, **options: Any) -> Any:
-    return read_layout(str(root), name, **options).to_pandas().set_index("image_id")
+    return read_layout(str(root), name, partial=True, **options).to_pandas().set_index("image_id")
 
 
 def test_the_command_line_names_every_layout() -> None:
@@ -155,6 +155,11 @@ def lacking(root: Path, pattern: str) -> None:
         ("nih14", "images_002", "2 of 4 images"),
         ("covid-cxr", "film 1.jpg", "1 of 3 X-rays named in metadata.csv are missing"),
         ("eurosat", "SeaLake", "there are no images of class SeaLake"),
+        ("eurosat", "SeaLake_1.jpg", "19 images of 27,000 are there .--partial takes a part of EuroSAT"),
+        ("busi", "benign (1).png", "5 images of 780 are there"),
+        ("dermnet", "test", "there are no images in test/"),
+        ("kermany", "test", "there are no images in test/"),
+        ("brain-mri", "Testing", "there are no images in testing/"),
     ],
 )
 def test_a_partial_folder(name: str, missing: str, words: str, tmp_path: Path) -> None:
@@ -162,6 +167,15 @@ def test_a_partial_folder(name: str, missing: str, words: str, tmp_path: Path) -
     lacking(root, missing)
     with pytest.raises(DataError, match=words):
         read_layout(str(root), name)
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.images])
+def test_fewer_images_than_were_published(name: str, tmp_path: Path) -> None:
+    root = made(name, tmp_path / "data")
+    there, whole = EXPECTED[name][0], LAYOUTS[name].images
+    with pytest.raises(DataError, match=f"{there} images of {whole:,} are there"):
+        read_layout(str(root), name)
+    assert len(rows(name, root)) == there
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ class IngestOptions:
     """Name of the dataset; the last part of its URI when None."""
     layout: str | None = None
     """A public dataset's layout (`datasets.layouts.LAYOUTS`); None takes the source for a table or a folder per class."""
+    partial: bool = False
+    """Takes a folder that has fewer images than the public dataset."""
     columns: TableColumns = TableColumns()
     """Names of a table's columns by role."""
     root: str | None = None
@@ -206,7 +208,11 @@ def _read_source(source: str, options: IngestOptions) -> pa.Table:
     if options.layout is not None:
         if table_only:
             raise DataError(f"layout {options.layout} knows its columns: leave columns, root, drop and label separator out")
-        return read_layout(source, options.layout, seed=options.seed, pseudonyms=options.pseudonym_key is not None)
+        return read_layout(
+            source, options.layout, seed=options.seed, pseudonyms=options.pseudonym_key is not None, partial=options.partial
+        )
+    if options.partial:
+        raise DataError("--partial goes with --layout: without one nothing says how many images there should be")
     table_suffixes = (".csv", ".tsv", ".txt", ".parquet", ".pq")
     if source.lower().endswith(table_suffixes) and not Path(source).is_dir():
         return read_table(

@@ -60,7 +60,7 @@ def findings_of_layout(name: str) -> tuple[str, ...]:
     return LAYOUTS[name].findings if name in LAYOUTS else ()
 
 
-def read_layout(source: str, name: str, *, seed: int = 0, pseudonyms: bool = False) -> pa.Table:
+def read_layout(source: str, name: str, *, seed: int = 0, pseudonyms: bool = False, partial: bool = False) -> pa.Table:
     """Rows (see `rowset.build_rows`) of a public dataset's unpacked folder, or of the same below an `s3://` prefix.
 
     Args:
@@ -68,6 +68,7 @@ def read_layout(source: str, name: str, *, seed: int = 0, pseudonyms: bool = Fal
         name: one of `LAYOUTS`.
         seed: of layouts that draw a split.
         pseudonyms: whether patient ids will be replaced.
+        partial: takes fewer images than the dataset has as it is published.
 
     Raises:
         DataError: no such layout, or the folder is not a whole one of it.
@@ -75,7 +76,7 @@ def read_layout(source: str, name: str, *, seed: int = 0, pseudonyms: bool = Fal
     if name not in LAYOUTS:
         raise DataError(f"there is no layout '{name}': {nearest(name, LAYOUTS)}")
     tree = Tree(source, LAYOUTS[name], name, seed)
-    rows = tree.rows()
+    rows = tree.rows(partial=partial)
     if tree.identified and not pseudonyms:
         raise DataError(
             f"some files of {tree.root} do not say that the patient's identity was removed (PatientIdentityRemoved): give "

@@ -5,6 +5,8 @@ The official test folder is the test split; there are no patient ids.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from medssl.datasets.layouts.tree import Layout, Record, Tree, by_folder
 
 _FOUR = {name: name for name in ("glioma", "meningioma", "notumor", "pituitary")}
@@ -19,7 +21,8 @@ def _read(tree: Tree) -> list[Record]:
         twice = "brain_tumor_dataset"
         images = [path for path in tree.images if twice not in path.split("/")[:-1]] or tree.images
         return by_folder(tree, _TWO, images=images)
-    return by_folder(tree, _FOUR, splits={"testing": "test"})
+    records = by_folder(tree, _FOUR, splits={"training": "train", "testing": "test"})
+    return [replace(record, split="test" if record.split == "test" else None) for record in records]
 
 
 _EXPECTED = "Training/ and Testing/ with glioma/, meningioma/, notumor/ and pituitary/, or the folders yes/ and no/"

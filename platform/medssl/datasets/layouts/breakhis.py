@@ -36,4 +36,4 @@ def _read(tree: Tree) -> list[Record]:
 
 
 _EXPECTED = "histology_slides/breast/ with benign/ and malignant/ down to 400X/SOB_B_A-14-22549AB-400-001.png"
-LAYOUT = Layout("BreaKHis 400x", _EXPECTED, _read)
+LAYOUT = Layout("BreaKHis 400x", _EXPECTED, _read, images=1_820)

@@ -21,4 +21,6 @@ def _read(tree: Tree) -> list[Record]:
     return by_folder(tree, {name: name for name in ("benign", "malignant", "normal")}, images=images)
 
 
-LAYOUT = Layout("BUSI breast ultrasound", "benign/, malignant/ and normal/ with 'benign (1).png', 'benign (1)_mask.png'", _read)
+LAYOUT = Layout(
+    "BUSI breast ultrasound", "benign/, malignant/ and normal/ with 'benign (1).png', 'benign (1)_mask.png'", _read, images=780
+)

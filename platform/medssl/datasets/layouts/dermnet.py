@@ -31,4 +31,4 @@ def _read(tree: Tree) -> list[Record]:
     return [replace(record, split=None, further={"official_split": record.split}) for record in records]
 
 
-LAYOUT = Layout("DermNet", "train/ and test/ with the 23 folders of diseases, as train/Eczema Photos/", _read)
+LAYOUT = Layout("DermNet", "train/ and test/ with the 23 folders of diseases, as train/Eczema Photos/", _read, images=19_559)

@@ -14,4 +14,4 @@ def _read(tree: Tree) -> list[Record]:
     return by_folder(tree, {kind.lower(): kind for kind in KINDS})
 
 
-LAYOUT = Layout("EuroSAT", "the ten folders AnnualCrop/ to SeaLake/ of .jpg tiles", _read)
+LAYOUT = Layout("EuroSAT", "the ten folders AnnualCrop/ to SeaLake/ of .jpg tiles", _read, images=27_000)

@@ -28,4 +28,4 @@ def _read(tree: Tree) -> list[Record]:
     return records
 
 
-LAYOUT = Layout("Kather colorectal 2016", "the eight folders 01_TUMOR/ to 08_EMPTY/ of .tif tiles", _read)
+LAYOUT = Layout("Kather colorectal 2016", "the eight folders 01_TUMOR/ to 08_EMPTY/ of .tif tiles", _read, images=5_000)

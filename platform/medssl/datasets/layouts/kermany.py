@@ -36,4 +36,6 @@ def _read(tree: Tree) -> list[Record]:
     return records
 
 
-LAYOUT = Layout("Kermany chest X-rays", "NORMAL/ and PNEUMONIA/ with .jpeg images, below train/, test/ and val/", _read)
+LAYOUT = Layout(
+    "Kermany chest X-rays", "NORMAL/ and PNEUMONIA/ with .jpeg images, below train/, test/ and val/", _read, images=5_856
+)

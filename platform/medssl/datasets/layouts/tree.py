@@ -51,6 +51,8 @@ class Layout:
     """The images; refuses through the tree."""
     findings: tuple[str, ...] = ()
     """Columns that are findings: missing splits are stratified by them, unless the user names others."""
+    images: int | None = None
+    """Images of the dataset as it is published, where no table in it says so; a folder with fewer is not whole."""
 
 
 class Tree:
@@ -160,8 +162,8 @@ class Tree:
             self.refuse(f"{len(strangers):,} images are in no row of {where} (the first: {strangers[0]})")
         return paths
 
-    def rows(self) -> pa.Table:
-        """The layout's images as rows (see `rowset.build_rows`).
+    def rows(self, *, partial: bool = False) -> pa.Table:
+        """The layout's images as rows (see `rowset.build_rows`); `partial` takes fewer than the dataset has.
 
         Raises:
             DataError: the folder is another one, or not whole.
@@ -169,6 +171,9 @@ class Tree:
         records = self.layout.read(self)
         if not records:
             self.refuse("there are no images")
+        whole = self.layout.images
+        if whole is not None and len(records) < whole and not partial:
+            self.refuse(f"{len(records):,} images of {whole:,} are there (--partial takes a part of {self.layout.title})")
         columns = list(dict.fromkeys(name for record in records for name in record.further))
         further = {name: [record.further.get(name) for record in records] for name in columns}
         return build_rows(
@@ -211,7 +216,7 @@ def by_folder(
     """One record per image whose folder is one of `classes` (folder name in lower case -> label), with the split of the nearest
     folder above that `splits` names.
 
-    Refuses an image in no such folder, and (`exact`) a class without images.
+    Refuses an image in no such folder, and (`exact`) a class or, where some images have a split, a split without images.
     """
     records = []
     for path in tree.images if images is None else images:
@@ -225,4 +230,8 @@ def by_folder(
     absent = sorted(set(classes.values()) - there)
     if records and exact and absent:
         tree.refuse(f"there are no images of class {absent[0]}")
+    parts = {record.split for record in records}
+    lacking = next((folder for folder, split in (splits or {}).items() if split not in parts), None)
+    if exact and parts != {None} and lacking is not None:
+        tree.refuse(f"there are no images in {lacking}/")
     return records
