@@ -35,17 +35,32 @@ def test_there_are_two_recipes_of_each_paper() -> None:
     assert len(names) == 10 and {f"{name}-small" for name in names if not name.endswith("-small")} <= set(names)
 
 
+def smaller(path: Path) -> list[str]:
+    """Overrides with which a small recipe's label draws fit into a hundredth of its datasets."""
+    if not path.stem.endswith("-small") or "001" in path.stem:
+        return []
+    if "002" in path.stem:
+        return [f"{where}.labels=9" for where in ("repeats", "protocols.fine_tune_all", "protocols.fine_tune_tenth")]
+    return ["repeats.labels=60"]
+
+
+def test_encoders_that_two_datasets_start_from_are_planned_once(store: Store) -> None:
+    path = JOBS / "000-further-pretraining-small.yaml"
+    skin, chest = plan_all(path, store, overrides=smaller(path)).values()
+    assert not [line for line in skin if line.state == "shared"]
+    assert {line.label for line in chest if line.state == "shared"} == {"pretrain sl seed 0", "pretrain ssl seed 0"}
+
+
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
 def test_it_is_planned_with_its_cost(path: Path, store: Store) -> None:
-    small = ["repeats.labels=60"] if path.stem.endswith("-small") and "001" not in path.stem else []
-    small += ["protocols.fine_tune_all.labels=60", "protocols.fine_tune_tenth.labels=60"] if "002" in path.stem and small else []
+    small = smaller(path)
     plans = plan_all(path, store, overrides=small)
     for recipe in load_all(path, small).recipes.values():
         lines = plans[recipe.study]
         assert lines[-1].stage == "report" and len(lines[-1].comparisons) == len(recipe.comparisons) > 0
         pretrained = {line.arm for line in lines if line.stage == "pretrain"}
         assert pretrained == {arm.name for arm in recipe.arms if arm.objective is not None}
-        assert all(line.images > 0 for line in lines if line.stage in ("pretrain", "embed"))
+        assert all((line.images > 0) == (line.state != "shared") for line in lines if line.stage in ("pretrain", "embed"))
         found = cost(recipe, lines, Hardware("one", 1, 1e12, ""))
         assert found.total > 0 and {stage for stage, hours in found.hours.items() if hours} <= {
             "pretrain", "initialise", "embed", "search", "evaluate", "transfer",

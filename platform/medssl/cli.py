@@ -259,12 +259,14 @@ def _print_plan(lines: Sequence[Any]) -> None:
     for line in lines:
         cost = f"{line.images:>12,} images" if line.images else ""
         print(f"{line.label:<{width}}  {line.state:<18}{cost}".rstrip())
-    left = [line for line in lines if line.state != "finished"]
+    left = [line for line in lines if line.state not in ("finished", "shared")]
     total = f", {sum(line.images for line in left):,} images known so far" if left else ": nothing to do"
-    print(f"{len(lines) - len(left)} of {len(lines)} finished{total}")
+    print(f"{sum(line.state == 'finished' for line in lines)} of {len(lines)} finished{total}")
     saved = sum(line.users - 1 for line in lines)
     if saved:
         print(f"{saved} further stages need not be made: arms or protocols share the above")
+    if others := sum(line.state == "shared" for line in lines):
+        print(f"{others} of these stages are made for a study above and shared")
     comparisons = [comparison for line in lines for comparison in line.comparisons]
     for comparison in comparisons:
         print(comparison.to_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,16 @@ def report_all(
 
 
 def plan_all(recipe: Given, store: Store | str, *, overrides: Sequence[str] = ()) -> dict[str, list[PlanLine]]:
-    """The stages of each study (see `study.plan`)."""
+    """The stages of each study (see `study.plan`); what an earlier one makes for a later one too is `shared` there."""
     family, opened = _loaded(recipe, overrides), _opened(store)
-    return {each.study: plan(each, opened) for each in family.recipes.values()}
+    plans, made = dict[str, list[PlanLine]](), set[str]()
+    for each in family.recipes.values():
+        lines = plan(each, opened)
+        plans[each.study] = [
+            replace(line, state="shared", images=0) if line.state == "to do" and line.artifact in made else line for line in lines
+        ]
+        made |= {line.artifact for line in lines if line.artifact}
+    return plans
 
 
 def page_uri(family: Family, store: Store | str) -> str | None:

@@ -45,13 +45,16 @@ class PlanLine:
     stage: str
     label: str
     state: str
-    """finished, to do, or waits (its inputs are not there yet, so its name is not known)."""
+    """finished, to do, waits (its inputs are not there yet, so its name is not known), or shared: another study of the same
+    recipe makes it."""
     images: int
     """Images it reads, each pass counted; 0 when nothing is to do."""
     users: int = 1
     """Arms and protocols that use it, though it is made once."""
     arm: str = ""
     """Whose it is; of the report nobody's, of a shared stage the first arm's."""
+    artifact: str = ""
+    """Its name, of what one artifact holds and whose inputs are known."""
     comparisons: tuple[Detectable, ...] = ()
     """Of the report: how small a difference each comparison can show. Empty for every other stage."""
 
@@ -283,7 +286,8 @@ class Study:
 
     def _line(self, spec: Spec, arm: Arm) -> PlanLine:
         done = self.is_finished(spec)
-        return PlanLine(spec.stage, spec.label, "finished" if done else "to do", 0 if done else spec.images, arm=arm.name)
+        state, images = ("finished", 0) if done else ("to do", spec.images)
+        return PlanLine(spec.stage, spec.label, state, images, arm=arm.name, artifact=spec.name)
 
     def _cell_line(self, cell: Cell) -> PlanLine:
         specs = self.evaluations(cell)
