@@ -112,7 +112,7 @@ def test_a_study_is_stopped_resubmitted_and_loses_a_node(cluster: Cluster, study
     again = medssl(cluster, "submit", str(study), "--detach", "--json")
     assert json.loads(again.stdout) == {"job": job, "attached": True}
     one_line(medssl(cluster, "submit", str(study), "--set", "arms.0.epochs=5"), f"is being run with other values by job {job}")
-    wait(lambda: bool(checkpoint_steps(store)), "a checkpoint")
+    wait(lambda: bool(checkpoint_steps(store)), "a checkpoint", 300)
     stopped = medssl(cluster, "stop", "on-a-cluster")
     assert stopped.returncode == 0 and f"job {job}: STOPPED" in stopped.stdout, stopped.stderr
     said = medssl(cluster, "logs", job).stdout
@@ -124,7 +124,7 @@ def test_a_study_is_stopped_resubmitted_and_loses_a_node(cluster: Cluster, study
         tiny.command("submit", str(study)), env=tiny.environment(**cluster.environment), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    wait(lambda: max(checkpoint_steps(store), default=0) > int(found.group(1)), "a checkpoint after the resumption")
+    wait(lambda: max(checkpoint_steps(store), default=0) > int(found.group(1)), "a checkpoint after the resumption", 300)
     (victim,) = [node for node in cluster.nodes if trains(node)]
     kill_group(victim)
     cluster.nodes.remove(victim)
