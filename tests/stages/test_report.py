@@ -27,7 +27,7 @@ from medssl.stages.report_data import (
     ReportData,
     SameAgainstSame,
 )
-from medssl.stages.report_text import number3, p_value, signed3
+from medssl.stages.report_text import number3, p_value, signed3, some
 
 CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 METRICS = ("balanced_accuracy", "accuracy", "f1_macro", "f1_weighted", "auc")
@@ -317,6 +317,12 @@ def test_each_search_is_read_by_its_own_metric(data: ReportData) -> None:
     assert "weight decay: AUC (linear probe), accuracy (fine tune) on the validation split" in two
     chosen = [line for line in two.splitlines() if re.match(r"\| \w+ \| (linear probe|fine tune) \|", line) and "| no |" in line]
     assert chosen and all(("| AUC |" in line) == ("linear probe" in line) for line in chosen)
+
+
+def test_a_caution_about_many_arms_names_some_and_counts_the_rest() -> None:
+    assert some(["a", "b"], ", ") == "a, b"
+    assert some(list("abcdefg"), "; ") == "a; b; c; d; e; f; g"
+    assert some(list("abcdefgh"), ", ") == "a, b, c, d, e, f, and 2 more"
 
 
 def test_warnings_come_from_the_data(data: ReportData) -> None:

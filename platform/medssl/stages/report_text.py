@@ -82,6 +82,13 @@ def count(value: Any) -> str:
     return f"{round(x):,}" if math.isfinite(x) else NONE
 
 
+def some(words: Sequence[str], separator: str, most: int = 6) -> str:
+    """The words, of many the first and how many there are: a study of ten arms under ten protocols has a hundred."""
+    if len(words) <= most + 1:
+        return separator.join(words)
+    return f"{separator.join(words[:most])}{separator}and {len(words) - most} more"
+
+
 def plural(number: int, word: str, words: str | None = None) -> str:
     """`1 seed`, `3 seeds`."""
     return f"{number:,} {word if number == 1 else words or word + 's'}"

@@ -35,6 +35,7 @@ from medssl.stages.report_text import (
     p_value,
     plural,
     signed3,
+    some,
     title_of,
 )
 
@@ -342,7 +343,7 @@ def _edges(data: ReportData) -> list[str]:
     if not places:
         return []
     return [
-        f"The best point of the search lies on the edge of its space for {', '.join(dict.fromkeys(places))}: a "
+        f"The best point of the search lies on the edge of its space for {some(list(dict.fromkeys(places)), ', ')}: a "
         "wider space may give a better one."
     ]
 
@@ -356,7 +357,7 @@ def _all_few(data: ReportData) -> list[str]:
         for p in protocol_order(data) if p not in covered
         for a in arm_order(data) if (few := few_repeats(data, a, p))
     ]  # fmt: skip
-    return [f"Few repeats: {'; '.join(words)}. Differences between the arms may be chance."] if words else []
+    return [f"Few repeats: {some(words, '; ')}. Differences between the arms may be chance."] if words else []
 
 
 def about_welch(data: ReportData) -> Text | None:
