@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import ray
 
@@ -130,3 +131,14 @@ def _start(cpus: int, address: str | None) -> None:
             ) from None
         return
     ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+def import_torch() -> Any:
+    """torch, with torchvision, in a task that may be cancelled. Cancelled in mid-import it leaves modules half loaded, which no
+    later import in the same process mends; so the process ends, and Ray starts another for the next task."""
+    try:
+        import torch
+        import torchvision  # noqa: F401
+    except KeyboardInterrupt:
+        os._exit(1)
+    return torch

@@ -37,7 +37,7 @@ from medssl.datasets.shards import SHARDS, Rejected, ShardResult, index_schema, 
 from medssl.datasets.table import TableColumns, read_table
 from medssl.errors import DataError
 from medssl.leases import Lease, Owner, lease
-from medssl.stages.cluster import connected
+from medssl.stages.cluster import connected, import_torch
 from medssl.stages.splitting import complete_splits, held_out_facts
 from medssl.store import Store, open_for_writing, open_store
 from medssl.streams import quiet_ray_data, user_error
@@ -290,12 +290,11 @@ class _Stop:
 def _write_shards(batch: pa.Table, *, store_uri: str, stop: Any) -> Iterator[pa.Table]:
     """The Ray Data task; a generator, since Ray Data loses the cause of an error in a plain function (2.60)."""
     import ray
-    import torch
 
     if ray.get(stop.is_set.remote()):
         yield pa.table({"shard": batch["shard"], "result": pa.nulls(len(batch), pa.binary())})
         return
-    torch.set_num_threads(1)  # a task has one CPU
+    import_torch().set_num_threads(1)  # a task has one CPU
     store = open_store(store_uri)
     results = [pickle.dumps(write_shard(_from_ipc(rows.as_py()), store)) for rows in batch["rows"]]
     yield pa.table({"shard": batch["shard"], "result": pa.array(results, pa.binary())})
