@@ -276,7 +276,7 @@ def test_plan_prints_it(dataset: Store, tmp_path: Path, capsys: pytest.CaptureFi
     assert "had on HAM10000: 0.010 over pretraining seeds" in printed[-1] and "corrects 2 together (Holm)" in printed[-1]
     assert cli.main([*arguments, "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
-    assert all(line.keys() == {"stage", "label", "state", "images", "users", "arm", "comparisons"} for line in lines)
+    assert all(line.keys() == {"stage", "label", "state", "images", "users", "arm", "artifact", "comparisons"} for line in lines)
     assert [line["stage"] for line in lines if line["comparisons"]] == ["report"]
     shown = lines[-1]["comparisons"][1]
     assert (shown["than"], shown["power"], shown["level"], shown["pretraining_seeds"]) == ("colour", 0.8, 0.05, [3, 1])
