@@ -75,7 +75,7 @@ def study(tmp_path: Path, *, test_labels: str = "as they are", overlap: bool = F
 
 
 def score(opened: Opened) -> float:
-    task = evaluate.SearchTask(cast(Context, Ready(opened)), cast(Spec, None), "colour", "probe", "embed-0")
+    task = evaluate.SearchTask(cast(Context, Ready(opened)), Spec("search", {}, {}, "search"), "colour", "probe", "embed-0")
     return evaluate._Score(task)(POINT)
 
 
