@@ -186,6 +186,12 @@ def test_a_pretraining_sees_what_is_judged_only_where_the_recipe_allows_it() -> 
     assert load(on_val).judged_in_pretraining == []
     with pytest.raises(RecipeError, match="split 'val'"):
         load(on_val | {"evaluation_split": "val"})
+    child = {"name": "child", "initial_weights": "arm:bt", "objective": {"name": "barlow_twins", "projector": [8, 8]},
+             "epochs": 1, "batch_size": 8, "mix": [{"splits": ["train"]}]}  # fmt: skip
+    line = shown | {"arms": [*shown["arms"], child], "allow_judged_in_pretraining": True}
+    assert load(line).judged_in_pretraining == ["bt", "child"]
+    with pytest.raises(RecipeError, match="arm 'bt' pretrains on images of split 'test'"):
+        load(line | {"allow_judged_in_pretraining": False, "arms": [child, *shown["arms"]]})
     elsewhere = pretrained(mix=[{"dataset": "datasets/b", "splits": ["train", "test"]}])
     assert load(elsewhere | {"pretraining_splits": ["test"]}).judged_in_pretraining == []
 

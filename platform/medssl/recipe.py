@@ -158,14 +158,20 @@ class Recipe(Params):
 
     @property
     def judged_in_pretraining(self) -> list[str]:
-        """Arms whose pretraining is shown images that the scores are measured on."""
-        return [
-            arm.name for arm in self.arms if arm.objective is not None
-            and any(part.dataset is None and self.evaluation_split in part.splits for part in self.mix(arm))
-        ]  # fmt: skip
+        """Arms whose pretraining, or that of an encoder they start from, is shown images that the scores are measured on."""
+        return [arm.name for arm in self.arms if any(map(self._shows_judged, self._line_of(arm)))]
+
+    def _line_of(self, arm: Arm) -> list[Arm]:
+        """The arm, and those whose encoders it starts from, one from the other."""
+        parent = self.parent(arm)
+        return [arm] if parent is None else [arm, *self._line_of(parent)]
+
+    def _shows_judged(self, arm: Arm) -> bool:
+        own = [part for part in self.mix(arm) if part.dataset is None]
+        return arm.objective is not None and any(self.evaluation_split in part.splits for part in own)
 
     def _check_pretraining(self, arm: Arm) -> None:
-        if arm.name in self.judged_in_pretraining and not self.allow_judged_in_pretraining:
+        if self._shows_judged(arm) and not self.allow_judged_in_pretraining:
             raise ValueError(
                 f"arm '{arm.name}' pretrains on images of split '{self.evaluation_split}', which the scores are measured on: "
                 "leave it out of pretraining_splits and mix, or set allow_judged_in_pretraining: true (the report says so in red)"

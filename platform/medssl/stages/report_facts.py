@@ -207,7 +207,7 @@ def leaks(recipe: Recipe) -> list[str]:
         return []
     return [
         f"The images of split {recipe.evaluation_split}, on which the scores are measured, were used in the pretraining of "
-        f"{', '.join(arms)} (without labels; the recipe allows it): their scores are too good."
+        f"{', '.join(arms)}, or of an encoder that these start from (the recipe allows it): their scores are too good."
     ]
 
 

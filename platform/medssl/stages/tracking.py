@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -143,10 +144,12 @@ class _Background:
 
     def end(self, *, failed: bool) -> None:
         """Gives it END_SECONDS to end the run."""
-        with suppress(queue.Full):
-            self._waiting.put_nowait(lambda tracker: tracker.end(failed=failed))
-            self._waiting.put_nowait(None)
-        self._thread.join(END_SECONDS)
+        deadline = time.monotonic() + END_SECONDS
+        if self._thread.is_alive():
+            with suppress(queue.Full):  # what waits is told first
+                self._waiting.put(lambda tracker: tracker.end(failed=failed), timeout=END_SECONDS)
+                self._waiting.put(None, timeout=END_SECONDS)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             logger.warning("%s does not answer: the rest of this run is not told to it", self._whose)
         self._lost.set()
