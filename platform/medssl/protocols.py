@@ -169,7 +169,11 @@ class Knn(ProtocolBase):
 
 
 class FineTune(ProtocolBase):
-    """The whole network trained on the labels; each seed is a trial of its own."""
+    """The whole network trained on the labels; each seed is a trial of its own.
+
+    Seeds differ in the head's first weights, the order of the images and every augmentation drawn: they are whole trainings, of
+    which, unlike a probe's heads, no part can be held fixed at no cost.
+    """
 
     kind: Literal["fine_tune"] = "fine_tune"
     """Which protocol this is."""

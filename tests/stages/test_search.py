@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import medssl
 from medssl.compute import Compute
 from medssl.errors import MedsslError, NonFiniteLoss
 from medssl.protocols import Search
@@ -213,3 +216,48 @@ def test_tune_leaves_no_secret_in_the_bucket(ray_session: Any, s3_store: Store, 
     assert any(key.endswith("tuner.pkl") for key in written)
     secrets = [os.environ[name].encode() for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")]
     assert not [key for key, data in written.items() if any(secret in data for secret in secrets)]
+
+
+def test_trials_share_a_gpu_by_the_fraction_that_the_recipe_gives(tmp_path: Path) -> None:
+    """Two trials of half a GPU each on a Ray that declares one: both are under way at once, a third waits."""
+    script = tmp_path / "half.py"
+    script.write_text("""
+import json, sys, time
+import ray
+ray.init("local", num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False)
+from medssl.compute import Compute
+from medssl.protocols import Search
+from medssl.stages.search import search
+from medssl.store import open_store
+
+@ray.remote(num_cpus=0)
+class Count:
+    def __init__(self): self.now, self.most, self.shares = 0, 0, []
+    def begin(self, share):
+        self.now += 1; self.most = max(self.most, self.now); self.shares.append(share)
+    def end(self): self.now -= 1
+    def most_of(self): return self.most
+    def told(self): return [self.most, self.shares]
+
+count = Count.remote()
+
+def objective(point):
+    ray.get(count.begin.remote(ray.get_runtime_context().get_assigned_resources().get("GPU")))
+    end = time.monotonic() + 60
+    while ray.get(count.most_of.remote()) < 2 and time.monotonic() < end: time.sleep(0.05)
+    ray.get(count.end.remote())
+    return point["learning_rate"]
+
+space = Search(learning_rate=(0.001, 0.01, 0.1, 0.2), weight_decay=(0.0,))
+compute = Compute(gpus_per_worker=0.5, concurrent_trials=4)
+search(objective, space, store=open_store(sys.argv[1], create=True), name="half", compute=compute)
+print(json.dumps(ray.get(count.told.remote())))
+""")
+    command = [sys.executable, str(script), str(tmp_path / "store")]
+    path = os.pathsep.join(filter(None, [str(Path(medssl.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": path, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, [0.5] * 4]
