@@ -32,18 +32,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Files that use Ray go to one worker, so that there is one Ray; every other file is handed out by itself."""
+    """Files that use Ray go to two workers, so that each has one Ray; every other file is handed out by itself, after them."""
+    config.option.loadscopereorder = False
 
-    @cache
-    def group(path: str) -> str:
-        uses_ray = path.startswith("tests/integration/") or "ray_session" in (config.rootpath / path).read_text()
-        return "ray" if uses_ray else path
-
-    class OneRay(LoadScopeScheduling):
+    class TwoRays(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return group(nodeid.partition("::")[0])
+            path = nodeid.partition("::")[0]
+            return _ray_group(config.rootpath / path) or path
 
-    return OneRay(config, log)
+    return TwoRays(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What uses Ray takes longest and comes first."""
+    items.sort(key=lambda item: _ray_group(item.path) or "without")
+
+
+@cache
+def _ray_group(path: Path) -> str:
+    """The worker of a file that uses Ray: studies and their faults, or single stages; empty for every other file."""
+    if path.parent.name == "integration":
+        return "ray, studies"
+    return "ray, stages" if "ray_session" in path.read_text() else ""
 
 
 @pytest.fixture(scope="session")

@@ -139,7 +139,7 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
     whole = tiny.recipe()
     rates = [0.0003, 0.003, 0.03]
     tuned = whole["protocols"][1] | {
-        "head_seeds": 1, "training": {"epochs": 1}, "search": {"learning_rate": rates, "weight_decay": [0.0], "head_seeds": 1},
+        "head_seeds": 1, "training": {"epochs": 15}, "search": {"learning_rate": rates, "weight_decay": [0.0], "head_seeds": 1},
     }  # fmt: skip
     arms = [{"name": "small"}, {"name": "smaller", "encoder": {"name": "test_resnet", "image_px": 24}}]
     repeats = {"pretraining_seeds": 1, "label_draws": 1, "labels": 40}
@@ -163,7 +163,7 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
     wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
     assert "2 searches, 2 at once" in (tmp_path / "first.txt").read_text()
     before = scored()
-    assert len(before) < 6 and not [name for name in finished(store) if name.startswith("search-")]
+    assert len(before) < 6 and sum(name.startswith("search-") for name in finished(store)) < 2
     again = tiny.medssl(*command[3:])
     after = scored()
     assert len(after) == 6 and {key: after[key] for key in before} == before

@@ -77,7 +77,7 @@ def once(condition: Callable[[], bool], action: Callable[[], None], seconds: flo
     return thread
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.acceptance) for n in (1, 3))])
 def test_losses_equal_the_undisturbed_run(ray_session: None, dataset: str, tmp_path: Path, workers: int) -> None:
     fields = recipe(dataset, workers)
     calm, disturbed = (open_store(str(tmp_path / name), create=True) for name in ("calm", "disturbed"))

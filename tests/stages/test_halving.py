@@ -233,7 +233,8 @@ def test_a_fine_tuning_tells_the_validation_score_after_each_epoch(store: Store,
     folder(store, "encoder-0").write("encoder.safetensors", save_weights(build_encoder(recipe.encoder, 0)))
     opened = Opened(store, cast(Any, None), recipe, Specs(recipe, index, ["a", "b"]), images)
     context = cast(Context, SimpleNamespace(open=lambda: opened))
-    score = evaluate._Score(evaluate.SearchTask(context, cast(Spec, None), "random", "tune", "encoder-0"))
+    task = evaluate.SearchTask(context, Spec("search", {}, {}, "search"), "random", "tune", "encoder-0")
+    score = evaluate._Score(task)
     point, told = {"learning_rate": 0.01, "weight_decay": 0.0}, []
     whole = score(point, lambda epoch, value: told.append((epoch, value)))
     assert [epoch for epoch, _ in told] == [1, 2, 3] == list(range(1, (evaluate._epochs(opened, recipe.protocols[0]) or 0) + 1))
@@ -241,4 +242,4 @@ def test_a_fine_tuning_tells_the_validation_score_after_each_epoch(store: Store,
     single = recipe.protocols[0].model_copy(update={"search": recipe.protocols[0].search.model_copy(update={"head_seeds": 1})})
     alone = Opened(store, cast(Any, None), recipe.model_copy(update={"protocols": (single,)}), opened.specs, images)
     context = cast(Context, SimpleNamespace(open=lambda: alone))
-    assert evaluate._Score(evaluate.SearchTask(context, cast(Spec, None), "random", "tune", "encoder-0"))(point) == told[-1][1]
+    assert evaluate._Score(evaluate.SearchTask(context, task.spec, "random", "tune", "encoder-0"))(point) == told[-1][1]
