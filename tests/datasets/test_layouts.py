@@ -27,7 +27,7 @@ EXPECTED: dict[str, tuple[int, dict[str | None, int], dict[str | None, int]]] = 
     "isic2018": (14, {"train": 8, "val": 3, "test": 3}, {"mel": 4, "nv": 3, "bcc": 3, "akiec": 1, "bkl": 1, "df": 1, "vasc": 1}),
     "isic2019": (16, {None: 16}, dict.fromkeys(("mel", "nv", "bcc", "ak", "bkl", "df", "vasc", "scc"), 2)),
     "ham10000": (6, {None: 6}, {"bkl": 2, "nv": 2, "mel": 2}),
-    "isic2017": (10, {"train": 4, "val": 3, "test": 3}, {"melanoma": 4, "seborrheic_keratosis": 3, "nevus": 3}),
+    "isic2017": (10, {"train": 4, "val": 3, "test": 3}, {"mel": 4, "bkl": 3, "nv": 3}),
     "padufes20": (6, {None: 6}, dict.fromkeys(("bcc", "scc", "ack", "sek", "mel", "nev"), 1)),
     "dermnet": (24, {None: 24}, {}),
     "oral": (8, {None: 8}, {"normal": 4, "oscc": 4}),
@@ -113,6 +113,16 @@ def test_findings_become_columns_that_a_recipe_names(tmp_path: Path) -> None:
     nih = rows("nih14", made("nih14", tmp_path / "b"))
     assert nih.loc["00000001_001", ["Cardiomegaly", "Emphysema", "Hernia"]].tolist() == [1, 1, 0]
     assert nih.loc["00000002_000", ["Cardiomegaly", "Emphysema", "Hernia"]].tolist() == [0, 0, 0]
+    films = rows("covid-cxr", made("covid-cxr", tmp_path / "c"))
+    asked = ["covid19", "pneumonia", "viral", "bacterial"]
+    assert films.loc[["film 0", "film 1"], asked].to_numpy().tolist() == [[1, 1, 1, 0], [0, 1, 0, 1]]
+    assert films.loc["film 2", asked].isna().all()  # todo
+    uncertain = {"Pneumonia": [-1, 1, -1, -1], "Unknown": [-1, -1, -1, -1], "No Finding": [0, 0, 0, 0]}
+    for finding, expected in uncertain.items():
+        table = made("covid-cxr", tmp_path / finding.replace(" ", "-"))
+        metadata = table / "metadata.csv"
+        metadata.write_text(metadata.read_text().replace("Pneumonia/Bacterial/Streptococcus", finding))
+        assert rows("covid-cxr", table).loc["film 1", asked].tolist() == expected
 
 
 @pytest.mark.parametrize("name", [*EXPECTED, "dicom"])

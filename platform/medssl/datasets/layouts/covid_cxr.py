@@ -1,12 +1,16 @@
 """COVID-19 image data collection: `metadata.csv` and `images/`.
 
 Chest X-rays are kept, CT images and volumes are not. The label is covid19 or other, and none where the finding is unknown or
-"todo"; the finding itself (`Pneumonia/Viral/COVID-19`) stays a column. Notes and links are left out: they tell of patients.
+"todo"; the finding itself (`Pneumonia/Viral/COVID-19`) stays a column. For a recipe's `findings` there are the columns covid19,
+pneumonia, viral and bacterial: 1, 0, -1 where the cause is not told (a plain `Pneumonia`, unknown), nothing where it is "todo".
+Notes and links are left out: they tell of patients.
 """
 
 from __future__ import annotations
 
 from medssl.datasets.layouts.tree import Layout, Record, Tree, number
+
+FINDINGS = ("covid19", "pneumonia", "viral", "bacterial")
 
 
 def _read(tree: Tree) -> list[Record]:
@@ -29,9 +33,25 @@ def _read(tree: Tree) -> list[Record]:
         unknown = finding is None or finding.lower() in ("todo", "unknown")
         label = () if unknown else ("covid19",) if "COVID-19" in finding else ("other",)
         further = {"sex": row["sex"], "age": number(row["age"]), "view": row["view"], "finding": finding}
+        further |= _findings(finding)
         patient = f"p{row['patientid']}"
         records.append(Record(paths[row["filename"]], label, patient=patient, bag=patient, further=further))
     return records
 
 
-LAYOUT = Layout("COVID-19 image data collection", "metadata.csv and images/", _read)
+def _findings(finding: str | None) -> dict[str, int | None]:
+    """Of a path through the collection's tree of findings."""
+    if finding is None or finding.lower() == "todo":
+        return dict.fromkeys(FINDINGS)
+    if finding.lower() == "unknown":
+        return dict.fromkeys(FINDINGS, -1)
+    path = finding.split("/")
+    untold = -1 if path == ["Pneumonia"] else 0
+    covid19, viral, bacterial = ("COVID-19" in path, "Viral" in path, "Bacterial" in path)
+    return {
+        "covid19": int(covid19) or untold, "pneumonia": int("Pneumonia" in path), "viral": int(viral) or untold,
+        "bacterial": int(bacterial) or untold,
+    }  # fmt: skip
+
+
+LAYOUT = Layout("COVID-19 image data collection", "metadata.csv and images/", _read, FINDINGS)

@@ -1,4 +1,7 @@
-"""ISIC 2017, part 3: 2,750 dermoscopic images, melanoma, seborrhoeic keratosis, or nevus, in official splits.
+"""ISIC 2017, part 3: 2,750 dermoscopic images of melanomas, seborrhoeic keratoses and nevi, in official splits.
+
+Classes have the names of HAM10000 and the later challenges (mel, bkl, nv), so that a classifier of these is judged on it without
+further ado; bkl holds seborrhoeic keratoses alone. The column `diagnosis` has ISIC 2017's own.
 
 `ISIC-2017_{Training,Validation,Test_v2}_Data/*.jpg` (with superpixel masks beside, which are left out), each with
 `ISIC-2017_..._Part3_GroundTruth.csv` (image_id, melanoma, seborrheic_keratosis) and `ISIC-2017_..._Data_metadata.csv`.
@@ -10,8 +13,8 @@ from medssl.datasets.layouts.challenge import challenge_parts
 from medssl.datasets.layouts.tree import Layout, Record, Tree, number
 
 _PARTS = {"Training": "train", "Validation": "val", "Test_v2": "test"}
-_LABELS: dict[tuple[float | None, float | None], str] = {
-    (1, 0): "melanoma", (0, 1): "seborrheic_keratosis", (0, 0): "nevus",
+_LABELS: dict[tuple[float | None, float | None], tuple[str, str]] = {
+    (1, 0): ("mel", "melanoma"), (0, 1): ("bkl", "seborrheic_keratosis"), (0, 0): ("nv", "nevus"),
 }  # fmt: skip
 
 
@@ -30,8 +33,8 @@ def _read(tree: Tree) -> list[Record]:
             if label is None:
                 tree.refuse(f"{truth} says {row['melanoma']}, {row['seborrheic_keratosis']} of {row['image_id']}")
             fact = facts.get(row["image_id"], {})
-            further = {"age": number(fact.get("age_approximate")), "sex": fact.get("sex")}
-            records.append(Record(path, (label,), split=_PARTS[part] if len(parts) > 1 else None, further=further))
+            further = {"age": number(fact.get("age_approximate")), "sex": fact.get("sex"), "diagnosis": label[1]}
+            records.append(Record(path, label[:1], split=_PARTS[part] if len(parts) > 1 else None, further=further))
     return records
 
 
