@@ -27,33 +27,33 @@ if TYPE_CHECKING:
     from medssl.store import Store
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# A node gives up after 30 s without its agent, which takes longer to come up on two slow cores with other work.
+for limit in ("RAY_agent_register_timeout_ms", "RAY_worker_register_timeout_seconds", "RAY_raylet_start_wait_time_s"):
+    os.environ.setdefault(limit, "180000" if limit.endswith("_ms") else "180")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Files that use Ray go to two workers, so that each has one Ray; every other file is handed out by itself, after them."""
+    """Files that use Ray go to one worker, so that there is one Ray; every other file is handed out by itself."""
     config.option.loadscopereorder = False
 
-    class TwoRays(LoadScopeScheduling):
+    class OneRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return _ray_group(config.rootpath / path) or path
+            return "ray" if _uses_ray(config.rootpath / path) else path
 
-    return TwoRays(config, log)
+    return OneRay(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What uses Ray takes longest and comes first."""
-    items.sort(key=lambda item: _ray_group(item.path) or "without")
+    items.sort(key=lambda item: not _uses_ray(item.path))
 
 
 @cache
-def _ray_group(path: Path) -> str:
-    """The worker of a file that uses Ray: studies and their faults, or single stages; empty for every other file."""
-    if path.parent.name == "integration":
-        return "ray, studies"
-    return "ray, stages" if "ray_session" in path.read_text() else ""
+def _uses_ray(path: Path) -> bool:
+    return path.parent.name == "integration" or "ray_session" in path.read_text()
 
 
 @pytest.fixture(scope="session")

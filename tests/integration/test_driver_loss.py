@@ -1,4 +1,4 @@
-"""kill -9 of the driver, then `run` again: it goes on, does nothing twice, and none of its processes is left."""
+"""SIGTERM and kill -9 of the driver, then `run` again: it goes on, does nothing twice, and none of its processes is left."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def recipe(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("driver")
     tiny.ingest(folder / "drawn", str(folder / "lesions"))
     fields = tiny.pretraining_only(dataset=str(folder / "lesions"))
-    fields["arms"] = [{"name": "random"}, fields["arms"][0] | {"epochs": 8}]
+    fields["arms"] = [{"name": "random"}, fields["arms"][0] | {"epochs": 10}]
     return tiny.write(folder / "study.yaml", fields)
 
 
@@ -79,37 +79,28 @@ def calm(ray_session: Any, recipe: Path, tmp_path_factory: pytest.TempPathFactor
     return open_store(str(folder))
 
 
-@pytest.mark.parametrize("attached", [False, True], ids=["own-ray", "attached"])
-def test_run_again_goes_on(recipe: Path, calm: Store, tmp_path: Path, attached: bool, request: pytest.FixtureRequest) -> None:
-    address, head = request.getfixturevalue("cluster") if attached else (None, 0)
-    arguments = ["run", str(recipe), "--store", str(tmp_path / "store"), *(["--address", address] if address else [])]
-    store = open_store(str(tmp_path / "store"), create=True)
+def kill_driver(arguments: list[str], store: Store, step: int, head: int = 0) -> list[psutil.Process]:
+    """Starts a run, sends its driver SIGKILL when it has a checkpoint of a step, and waits for the end of its workers.
+
+    Returns:
+        its other processes: Ray's agents take a minute to go.
+    """
     driver = subprocess.Popen(
         tiny.command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tiny.environment()
     )
-    wait(lambda: any(step >= 4 for step in marked_steps(store)), "a checkpoint")
+    wait(lambda: any(marked >= step for marked in marked_steps(store)), f"a checkpoint of step {step}")
     ours = family(driver.pid) + family(head, TRAINING_WORKER)
     trainers = alive(family(driver.pid, TRAINING_WORKER) + family(head, TRAINING_WORKER))
     assert trainers
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     wait(lambda: not alive(trainers), f"the end of the training workers, still there: {alive(trainers)}", 120)
-
-    before = {e.key: store.read(e.key) for e in store.list("markers/")}
-    assert any("initialise-" in key for key in before) and not any("pretrain-" in key for key in before)
-    again = tiny.process(*arguments) if attached else tiny.medssl(*arguments)
-    assert "pretrain" in again.stderr and "initialise" not in again.stderr
-    assert {key: store.read(key) for key in before} == before
-    assert losses(store) == losses(calm)
-    assert not family(head or os.getpid(), TRAINING_WORKER)
-    assert finished(store) == finished(calm)
-    # Ray's agents take a minute to go: the run again went on meanwhile
-    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+    return ours
 
 
-def test_sigterm_ends_a_pretraining_in_order(ray_session: Any, recipe: Path, tmp_path: Path) -> None:
-    """What a job's stop, a batch system and Kubernetes send: a checkpoint of the current step, then out with all workers."""
-    arguments = ["run", str(recipe), "--store", str(tmp_path / "store"), "--set", "arms.1.epochs=30"]
+def test_a_run_that_was_stopped_and_killed_goes_on(recipe: Path, calm: Store, tmp_path: Path) -> None:
+    """SIGTERM (of a job's stop, a batch system, Kubernetes) leaves a checkpoint of the current step; SIGKILL does not."""
+    arguments = ["run", str(recipe), "--store", str(tmp_path / "store")]
     store = open_store(str(tmp_path / "store"), create=True)
     with open(tmp_path / "log.txt", "w") as log:
         driver = subprocess.Popen(tiny.command(*arguments), stdout=log, stderr=log, env=tiny.environment())
@@ -122,14 +113,36 @@ def test_sigterm_ends_a_pretraining_in_order(ray_session: Any, recipe: Path, tmp
     line = r"medssl: pretrain barlow_twins seed 0 stopped after step (\d+), the last checkpoint is of step (\d+); run the same"
     found = re.search(line, said)
     assert found, said
-    assert found.group(1) == found.group(2) and max(marked_steps(store)) == int(found.group(1))
+    stopped = int(found.group(1))
+    assert stopped == int(found.group(2)) == max(marked_steps(store))
     wait(lambda: not alive(trainers), f"the end of the training workers: {alive(trainers)}", 120)
-    tiny.medssl(*arguments)
-    steps = [(rank, step) for rank, step, _ in losses(store)]
-    assert steps == [(rank, step) for rank in (0, 1) for step in range(1, len(steps) // 2 + 1)]
-    name = next(n for n in finished(store) if n.startswith("pretrain-"))
-    marker = read_marker(store, name)
-    assert marker is not None and marker.facts["resumed_at_step"] == int(found.group(1)) < len(steps) // 2
+
+    ours = kill_driver(arguments, store, stopped + 2)
+    before = {e.key: store.read(e.key) for e in store.list("markers/")}
+    assert any("initialise-" in key for key in before) and not any("pretrain-" in key for key in before)
+    again = tiny.medssl(*arguments)
+    assert "pretrain" in again.stderr and "initialise" not in again.stderr
+    assert {key: store.read(key) for key in before} == before
+    assert losses(store) == losses(calm)
+    marker = read_marker(store, next(n for n in finished(store) if n.startswith("pretrain-")))
+    assert marker is not None and marker.facts["resumed_at_step"] >= stopped + 2
+    assert not family(os.getpid(), TRAINING_WORKER)
+    assert finished(store) == finished(calm)
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+
+
+@pytest.mark.acceptance
+def test_a_killed_run_in_a_cluster_goes_on(recipe: Path, calm: Store, tmp_path: Path, cluster: tuple[str, int]) -> None:
+    """The driver goes, the cluster stays: its training workers end by themselves."""
+    address, head = cluster
+    arguments = ["run", str(recipe), "--store", str(tmp_path / "store"), "--address", address]
+    store = open_store(str(tmp_path / "store"), create=True)
+    ours = kill_driver(arguments, store, 4, head)
+    again = tiny.process(*arguments)
+    assert "pretrain" in again.stderr and "initialise" not in again.stderr
+    assert losses(store) == losses(calm) and finished(store) == finished(calm)
+    assert not family(head, TRAINING_WORKER)
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
 
 
 def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_session: Any, tmp_path: Path) -> None:
