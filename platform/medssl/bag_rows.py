@@ -43,10 +43,11 @@ _TASKS = 2
 """Tasks of one rank that read at a time. The ranks' streams share the CPUs that training leaves free."""
 
 
-def ensure_packed(dataset: Dataset, store: Store, *, progress: OnProgress | None = None) -> str:
+def ensure_packed(dataset: Dataset, store: Store, *, tasks: int | None = None, progress: OnProgress | None = None) -> str:
     """URI of the dataset's images, each to be read by itself, below `packed/` in `store`; Ray Data makes it if missing.
 
-    Cut short, it goes on where it was. Remove the folder when no more bags are streamed: it is made anew when needed.
+    At most `tasks` shards are packed at once, by default as many as CPUs are free. Cut short, it goes on where it was.
+    Remove the folder when no more bags are streamed: it is made anew when needed.
 
     Raises:
         DataError: a shard is gone or does not hold what the card says.
@@ -65,6 +66,7 @@ def ensure_packed(dataset: Dataset, store: Store, *, progress: OnProgress | None
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=tasks),
         fn_kwargs={"dataset_uri": dataset.uri, "target_uri": target.uri},
     )
     try:

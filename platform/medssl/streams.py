@@ -46,8 +46,14 @@ def stream_images(
     return stream_sources([source], decoding, seed)
 
 
-def stream_sources(sources: Sequence[Source], decoding: Decoding, seed: int | None = None) -> ray.data.Dataset:
-    """The same for images of several datasets under their common numbers, a source's shards `times` in an epoch."""
+def stream_sources(
+    sources: Sequence[Source], decoding: Decoding, seed: int | None = None, *, tasks: int | None = None
+) -> ray.data.Dataset:
+    """The same for images of several datasets under their common numbers, a source's shards `times` in an epoch.
+
+    Args:
+        tasks: that decode at once; None as many as there are CPUs free.
+    """
     import ray.data
 
     quiet_ray_data()
@@ -66,6 +72,7 @@ def stream_sources(sources: Sequence[Source], decoding: Decoding, seed: int | No
         batch_size=1,
         batch_format="numpy",
         num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=tasks),
         fn_kwargs={"sources": [replace(source, rows=[], shards=()) for source in sources], "decoding": decoding},
     )
 

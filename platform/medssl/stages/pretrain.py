@@ -125,9 +125,9 @@ def run_pretrain(
         )  # fmt: skip
         datasets = {}
         if sources[0].resident is None and plan.pairs == "bag":
-            job = replace(job, packed_uri=ensure_packed(open_dataset(sources[0].dataset_uri), store))
+            job = replace(job, packed_uri=ensure_packed(open_dataset(sources[0].dataset_uri), store, tasks=compute.reading_cpus))
         elif sources[0].resident is None:
-            datasets = {"train": stream_sources(sources, decoding, plan.seed)}
+            datasets = {"train": stream_sources(sources, decoding, plan.seed, tasks=compute.reading_cpus)}
         outcome = _fit(store, spec.name, job, datasets, compute, handle)
     if outcome["status"] == "failed":
         raise MedsslError(f"{spec.label} failed: {outcome['error']}")
