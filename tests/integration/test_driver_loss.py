@@ -94,7 +94,7 @@ def kill_driver(arguments: list[str], store: Store, step: int, head: int = 0) ->
     assert trainers
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    wait(lambda: not alive(trainers), f"the end of the training workers, still there: {alive(trainers)}", 120)
+    wait(lambda: not alive(trainers), f"the end of the training workers, still there: {alive(trainers)}", 300)
     return ours
 
 
@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_and_killed_goes_on(recipe: Path, calm: Store, tm
     wait(lambda: bool(marked_steps(store)), "the first checkpoint")
     trainers = family(driver.pid, TRAINING_WORKER)
     driver.send_signal(signal.SIGTERM)
-    assert driver.wait(timeout=180) == 143
+    assert driver.wait(timeout=600) == 143
     said = (tmp_path / "log.txt").read_text()
     assert "Traceback" not in said
     line = r"medssl: pretrain barlow_twins seed 0 stopped after step (\d+), the last checkpoint is of step (\d+); run the same"
@@ -115,7 +115,7 @@ def test_a_run_that_was_stopped_and_killed_goes_on(recipe: Path, calm: Store, tm
     assert found, said
     stopped = int(found.group(1))
     assert stopped == int(found.group(2)) == max(marked_steps(store))
-    wait(lambda: not alive(trainers), f"the end of the training workers: {alive(trainers)}", 120)
+    wait(lambda: not alive(trainers), f"the end of the training workers: {alive(trainers)}", 300)
 
     ours = kill_driver(arguments, store, stopped + 2)
     before = {e.key: store.read(e.key) for e in store.list("markers/")}
@@ -128,7 +128,7 @@ def test_a_run_that_was_stopped_and_killed_goes_on(recipe: Path, calm: Store, tm
     assert marker is not None and marker.facts["resumed_at_step"] >= stopped + 2
     assert not family(os.getpid(), TRAINING_WORKER)
     assert finished(store) == finished(calm)
-    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 300)
 
 
 @pytest.mark.acceptance
@@ -142,7 +142,7 @@ def test_a_killed_run_in_a_cluster_goes_on(recipe: Path, calm: Store, tmp_path: 
     assert "pretrain" in again.stderr and "initialise" not in again.stderr
     assert losses(store) == losses(calm) and finished(store) == finished(calm)
     assert not family(head, TRAINING_WORKER)
-    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 300)
 
 
 def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_session: Any, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
     assert ours
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 300)
     assert "2 searches, 2 at once" in (tmp_path / "first.txt").read_text()
     before = scored()
     assert len(before) < 6 and sum(name.startswith("search-") for name in finished(store)) < 2
