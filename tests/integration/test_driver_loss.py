@@ -125,7 +125,8 @@ def test_a_run_that_was_stopped_and_killed_goes_on(recipe: Path, calm: Store, tm
     assert {key: store.read(key) for key in before} == before
     assert losses(store) == losses(calm)
     marker = read_marker(store, next(n for n in finished(store) if n.startswith("pretrain-")))
-    assert marker is not None and marker.facts["resumed_at_step"] >= stopped + 2
+    # its workers may have come to the end before they knew that the killed driver was gone
+    assert marker is not None and marker.facts["resumed_at_step"] >= stopped
     assert not family(os.getpid(), TRAINING_WORKER)
     assert finished(store) == finished(calm)
     wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 300)
