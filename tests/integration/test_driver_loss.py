@@ -147,13 +147,13 @@ def test_a_killed_run_in_a_cluster_goes_on(recipe: Path, calm: Store, tmp_path: 
 
 
 def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_session: Any, tmp_path: Path) -> None:
-    """Two searches of three fine-tunings are under way at once when the driver is lost."""
+    """Two searches of three fine-tunings are under way at once when the machine is lost: driver and trials are killed."""
     store_uri = str(tmp_path / "store")
     tiny.ingest(tmp_path / "drawn", f"{store_uri}/datasets/lesions")
     whole = tiny.recipe()
     rates = [0.0003, 0.003, 0.03]
     tuned = whole["protocols"][1] | {
-        "head_seeds": 1, "training": {"epochs": 15}, "search": {"learning_rate": rates, "weight_decay": [0.0], "head_seeds": 1},
+        "head_seeds": 1, "training": {"epochs": 30}, "search": {"learning_rate": rates, "weight_decay": [0.0], "head_seeds": 1},
     }  # fmt: skip
     arms = [{"name": "small"}, {"name": "smaller", "encoder": {"name": "test_resnet", "image_px": 24}}]
     repeats = {"pretraining_seeds": 1, "label_draws": 1, "labels": 40}
@@ -172,7 +172,8 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
     wait(lambda: len({key.split("/")[1] for key in scored()}) == 2, "a finished trial of each search")
     ours = family(driver.pid, "ImplicitFunc")  # trials; Ray's agents linger
     assert ours
-    driver.send_signal(signal.SIGKILL)
+    for process in (driver, *ours):  # trials that are left alone for seconds come to their ends
+        process.kill()
     driver.wait()
     wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 300)
     assert "2 searches, 2 at once" in (tmp_path / "first.txt").read_text()
