@@ -154,7 +154,7 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
     whole = tiny.recipe()
     rates = [0.0003, 0.003, 0.03]
     tuned = whole["protocols"][1] | {
-        "head_seeds": 1, "training": {"epochs": 30}, "search": {"learning_rate": rates, "weight_decay": [0.0], "head_seeds": 1},
+        "head_seeds": 1, "training": {"epochs": 15}, "search": {"learning_rate": rates, "weight_decay": [0.0], "head_seeds": 1},
     }  # fmt: skip
     arms = [{"name": "small"}, {"name": "smaller", "encoder": {"name": "test_resnet", "image_px": 24}}]
     repeats = {"pretraining_seeds": 1, "label_draws": 1, "labels": 40}
