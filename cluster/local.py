@@ -52,6 +52,7 @@ class Cluster:
         self.head: subprocess.Popen[bytes] | None = None
         self.prometheus: subprocess.Popen[bytes] | None = None
         self.prometheus_port = free_port()
+        self._has_prometheus = shutil.which("prometheus") is not None
         self.store = store or BUCKET
         self._count, self._cpus, self._head_cpus = nodes, cpus, head_cpus
         self._ray_folder = Path(tempfile.mkdtemp(prefix="medssl-ray-", dir="/tmp"))  # its sockets' paths must be short
@@ -61,13 +62,15 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a user's shell needs: the job server, the token's file, the store and its keys."""
+        """What a user's shell needs: the job server, the token's file, Prometheus, the store and its keys."""
         found = {
             "RAY_API_SERVER_ADDRESS": self.dashboard,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_file),
             "MEDSSL_STORE": self.store,
         }
+        if self._has_prometheus:
+            found["PROMETHEUS_URL"] = f"http://127.0.0.1:{self.prometheus_port}"
         return found | (self.ceph.environment if self.ceph else {})
 
     def start(self) -> None:
@@ -87,7 +90,7 @@ class Cluster:
         for number in range(1, 1 + self._count):  # one by one: nodes that start together on one machine take each other's ports
             self.add_node()
             self._wait(lambda wanted=1 + number: self._alive() == wanted, f"worker node {number}")
-        if shutil.which("prometheus"):
+        if self._has_prometheus:
             self._start_prometheus()
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.environment.items())
         _write_private(self.folder / "env.sh", exports)
@@ -217,7 +220,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()
-        print(f"ready: source {cluster.folder}/env.sh", f"dashboard {cluster.dashboard}", "Ctrl-C ends it", sep="\n", flush=True)
+        prometheus = cluster.environment.get("PROMETHEUS_URL", "not installed")
+        for line in (f"ready: source {cluster.folder}/env.sh", f"dashboard {cluster.dashboard}", f"Prometheus {prometheus}"):
+            print(line)
+        print("Ctrl-C ends it", flush=True)
         while True:
             signal.pause()
     except KeyboardInterrupt:
