@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from medssl.store import Store
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# A node gives up after 30 s without its agent, which takes longer to come up on two slow cores with other work.
-for limit in ("RAY_agent_register_timeout_ms", "RAY_worker_register_timeout_seconds", "RAY_raylet_start_wait_time_s"):
-    os.environ.setdefault(limit, "180000" if limit.endswith("_ms") else "180")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
