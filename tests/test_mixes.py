@@ -154,7 +154,7 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
             mixed | {"name": "taught", "epochs": 1} | taught,
             {"name": "larger", "initial_weights": "arm:chain", "encoder": fields["encoder"] | {"image_px": 40}},
         ]
-    fields["compute"] = {"workers": 2 if feeding == "streaming" else 1, "monitor_every_epochs": 1, "concurrent_trials": 1}
+    fields["compute"] = {"workers": 2, "monitor_every_epochs": 1, "concurrent_trials": 1}
     path, store = str(tiny.write(tmp_path / "study.yaml", fields)), str(place / "store")
 
     def cost(*overrides: str) -> int:

@@ -10,7 +10,7 @@ import psutil
 TRAINING_WORKER = "RayTrainWorker"
 
 
-def wait(condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
+def wait(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
     """Fails when something does not come about in time."""
     end = time.monotonic() + seconds
     while not condition():

@@ -62,14 +62,14 @@ def test_nodes_that_come_are_waited_for(ray_session: Any) -> None:
             started.append(subprocess.Popen(command, start_new_session=True, **quiet))
 
     try:
-        with connected(cpus=6, wait_minutes=10, tell=tell):
+        with connected(cpus=6, wait_minutes=3, tell=tell):
             assert ray_session.cluster_resources()["CPU"] >= 8
     finally:
         for node in started:
             node.terminate()
             node.wait(60)
-    assert lines[0] == "the cluster has not 8 CPUs yet: waiting for its nodes for up to 10 minutes"
-    end = time.monotonic() + 300
+    assert lines[0] == "the cluster has not 8 CPUs yet: waiting for its nodes for up to 3 minutes"
+    end = time.monotonic() + 120
     while ray_session.cluster_resources().get("CPU", 0) > 6:
         assert time.monotonic() < end, "the further node is still there"
         time.sleep(0.2)
