@@ -101,10 +101,10 @@ def _pack_shards(batch: Any, *, dataset_uri: str, target_uri: str) -> Iterator[A
     )
 
 
-def stream_rows(packed: Packed, rows: Rows, decoding: Decoding) -> Iterator[NDArray[np.uint8]]:
+def stream_rows(packed: Packed, rows: Rows, decoding: Decoding, *, tasks: int = _TASKS) -> Iterator[NDArray[np.uint8]]:
     """The images of `rows` in exactly this order, in arrays (n, H, W, C) of changing length, through Ray Data.
 
-    Tasks read and decode pieces side by side, a few ahead of what is taken; memory holds no more. To be called where the
+    `tasks` read and decode pieces side by side, a few ahead of what is taken; memory holds no more. To be called where the
     images are wanted: in a Ray Train worker, or in a driver.
 
     Raises:
@@ -130,7 +130,7 @@ def stream_rows(packed: Packed, rows: Rows, decoding: Decoding) -> Iterator[NDAr
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=_TASKS),
+        compute=ray.data.TaskPoolStrategy(size=tasks),
         fn_kwargs={"decoding": decoding},
     )
     try:
@@ -160,9 +160,11 @@ class StreamBagFeed:
     starts_within_epoch = True
 
     def __init__(
-        self, packed_uri: str, bags: Bags, batch_size: int, seed: int, process: Process, decoding: Decoding
-    ) -> None:
-        """`packed_uri` is what `ensure_packed` returned, `batch_size` counts bags over all ranks.
+        self, packed_uri: str, bags: Bags, batch_size: int, seed: int, process: Process, decoding: Decoding,
+        tasks: int | None = None,
+    ) -> None:  # fmt: skip
+        """`packed_uri` is what `ensure_packed` returned, `batch_size` counts bags over all ranks, `tasks` what reads for all of
+        them at once; each has one.
 
         Raises:
             RecipeError: the batch cannot be made of bags of different patients, or not be shared by the ranks.
@@ -181,6 +183,7 @@ class StreamBagFeed:
         self.seed = seed
         self._packed = packed
         self._decoding = decoding
+        self._tasks = _TASKS if tasks is None else max(1, min(_TASKS, tasks // process.world))
         self._slice = rank_slice(batch_size, process)
         self._pin = process.device.type == "cuda"
 
@@ -203,7 +206,7 @@ class StreamBagFeed:
         rows = np.stack([firsts_TB, seconds_TB], axis=-1)[shown]
         if not len(rows):
             return
-        take = _taker(stream_rows(self._packed, rows, self._decoding))
+        take = _taker(stream_rows(self._packed, rows, self._decoding, tasks=self._tasks))
         for first_B, second_B, paired_B in zip(firsts_TB, seconds_TB, paired_TB, strict=True):
             images = torch.from_numpy(take(len(paired_B) + int(paired_B.sum())))
             place_B = torch.from_numpy(np.arange(len(paired_B)) + np.cumsum(paired_B) - paired_B)

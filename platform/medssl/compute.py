@@ -48,7 +48,8 @@ class Compute(Params):
     concurrent_trials: int | None = Field(None, ge=1)
     """Trials at once; null fills the machine's cores."""
     reading_cpus: int | None = Field(None, ge=1)
-    """CPUs that decode what is streamed and pack streamed bags; null all that are free, which another study may want too."""
+    """CPUs that decode what is streamed and pack streamed bags; null all that are free, which another study may want too.
+    Each worker that streams bags has one at least."""
     checkpoint_every_epochs: int = Field(1, ge=1)
     """Checkpoints at the end of every so many epochs and of the last; more than 1 where an epoch takes seconds."""
     checkpoint_every_steps: int | None = Field(None, ge=1)

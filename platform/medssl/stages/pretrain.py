@@ -292,7 +292,8 @@ def _open_feed(job: Job, plan: PretrainPlan, process: Process) -> Feed:
         if images is not None:
             return ResidentBagFeed(images, bags, plan.batch_size, plan.seed, process)
         assert job.packed_uri is not None
-        return StreamBagFeed(job.packed_uri, bags, plan.batch_size, plan.seed, process, decoding)
+        tasks = Compute.model_validate(job.compute).reading_cpus
+        return StreamBagFeed(job.packed_uri, bags, plan.batch_size, plan.seed, process, decoding, tasks)
     if images is not None:
         return ResidentFeed(images, numbers, plan.batch_size, plan.seed, process)
     shard = train.get_dataset_shard("train")

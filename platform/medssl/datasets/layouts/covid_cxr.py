@@ -10,7 +10,12 @@ from __future__ import annotations
 
 from medssl.datasets.layouts.tree import Layout, Record, Tree, number
 
-FINDINGS = ("covid19", "pneumonia", "viral", "bacterial")
+_TREE = {
+    "covid19": ("Pneumonia", "Viral", "COVID-19"), "pneumonia": ("Pneumonia",), "viral": ("Pneumonia", "Viral"),
+    "bacterial": ("Pneumonia", "Bacterial"),
+}  # fmt: skip
+_ROOTS = ("Pneumonia", "Tuberculosis", "No Finding")
+FINDINGS = tuple(_TREE)
 
 
 def _read(tree: Tree) -> list[Record]:
@@ -40,18 +45,15 @@ def _read(tree: Tree) -> list[Record]:
 
 
 def _findings(finding: str | None) -> dict[str, int | None]:
-    """Of a path through the collection's tree of findings."""
+    """1 on the way to the finding in the collection's tree, -1 for what lies beyond it, 0 elsewhere."""
     if finding is None or finding.lower() == "todo":
         return dict.fromkeys(FINDINGS)
     if finding.lower() == "unknown":
         return dict.fromkeys(FINDINGS, -1)
-    path = finding.split("/")
-    untold = -1 if path == ["Pneumonia"] else 0
-    covid19, viral, bacterial = ("COVID-19" in path, "Viral" in path, "Bacterial" in path)
-    return {
-        "covid19": int(covid19) or untold, "pneumonia": int("Pneumonia" in path), "viral": int(viral) or untold,
-        "bacterial": int(bacterial) or untold,
-    }  # fmt: skip
+    path = tuple(finding.split("/"))
+    if path[0] not in _ROOTS:  # earlier releases give the last name alone
+        return dict.fromkeys(FINDINGS) | {"covid19": int("COVID-19" in finding)}
+    return {name: 1 if path[: len(node)] == node else -1 if node[: len(path)] == path else 0 for name, node in _TREE.items()}
 
 
 LAYOUT = Layout("COVID-19 image data collection", "metadata.csv and images/", _read, FINDINGS)
