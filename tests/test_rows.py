@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from watched import most_at_once
 
 from medssl.datasets.dataset import Dataset, open_dataset
 from medssl.datasets.read import Decoding
@@ -151,25 +152,15 @@ def test_stream_has_the_images_of_the_splits(dataset: Dataset, folder: Path) -> 
 def test_no_more_shards_are_decoded_at_once_than_a_study_may(ray_session: Any, dataset: Dataset) -> None:
     """As Ray's own timeline tells it; several were under way at once without the limit."""
 
-    def most_at_once(tasks: int | None) -> int:
-        began = time.time() * 1e6
+    def decoding(tasks: int | None) -> int:
+        began = time.time()
         source = Source(dataset.uri, len(dataset), rows=[], splits=None, shards=tuple(dataset.shards), times=4)
         stream = stream_sources([source], Decoding(PX, "squash"), tasks=tasks)
         assert sum(len(batch["row"]) for batch in stream.iter_batches(batch_size=20)) == 4 * IMAGES
-        shards, spans = 4 * len(dataset.shards), []
-        end = time.monotonic() + 60
-        while len(spans) < shards:
-            assert time.monotonic() < end, f"{len(spans)} of {shards} tasks in the timeline"
-            time.sleep(0.2)
-            spans = [
-                (e["ts"], e["ts"] + e["dur"])
-                for e in ray_session.timeline()
-                if e["cat"] == "task::MapBatches(_decode_shards)" and e["ts"] > began
-            ]
-        return max(sum(start <= at < stop for start, stop in spans) for at, _ in spans)
+        return most_at_once(ray_session, "_decode_shards", began, 4 * len(dataset.shards))
 
-    assert most_at_once(1) == 1
-    assert most_at_once(None) > 1
+    assert decoding(1) == 1
+    assert decoding(None) > 1
 
 
 def test_stream_feed_gives_every_rank_as_much_in_another_order_each_epoch(

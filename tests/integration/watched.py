@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 
@@ -28,6 +29,19 @@ def family(pid: int, name: str = "") -> list[psutil.Process]:
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def most_at_once(ray: Any, task: str, since: float, count: int) -> int:
+    """How many tasks of Ray Data were under way at once, of the `count` or more that began after a time, by Ray's timeline."""
+    spans: list[tuple[float, float]] = []
+
+    def told() -> bool:
+        events = [e for e in ray.timeline() if e["cat"] == f"task::MapBatches({task})" and e["ts"] > since * 1e6]
+        spans[:] = [(e["ts"], e["ts"] + e["dur"]) for e in events]
+        return len(spans) >= count
+
+    wait(told, f"{count} tasks in the timeline", 60)
+    return max(sum(start <= at < stop for start, stop in spans) for at, _ in spans)
 
 
 def _command_line(process: psutil.Process) -> str:
