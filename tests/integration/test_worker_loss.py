@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from watched import TRAINING_WORKER, family
+from watched import TRAINING_WORKER, family, most_at_once
 
 from medssl.artifacts import finished
 from medssl.datasets.dataset import open_dataset
@@ -126,11 +126,13 @@ def test_a_loss_that_is_not_finite_stops_once_and_leaves_no_bad_checkpoint(
             assert all(np.isfinite(t).all() for t in load_tensors(store.read(entry.key)).values())
 
 
-def test_a_streamed_pretraining_sees_every_step_on_every_rank(ray_session: None, dataset: str, tmp_path: Path) -> None:
-    """feeding: streaming, two ranks; Ray Data reads and decodes the shards anew in each epoch."""
+def test_a_streamed_pretraining_sees_every_step_on_every_rank(ray_session: Any, dataset: str, tmp_path: Path) -> None:
+    """feeding: streaming, two ranks; Ray Data reads and decodes the shards anew in each epoch, one at a time where asked."""
     store = open_store(str(tmp_path / "store"), create=True)
     fields = recipe(dataset, 2, epochs=2) | {"images": {"decode_px": 32, "feeding": "streaming"}}
+    fields["compute"]["reading_cpus"], began = 1, time.time()
     pretrain(fields, store)
+    assert most_at_once(ray_session, "_decode_shards", began, 2 * len(open_dataset(dataset).shards)) == 1
     found = history(store)
     train = (open_dataset(dataset).index()["split"] == "train").sum()
     assert found["step"].max() == 2 * (train // fields["arms"][0]["batch_size"])
