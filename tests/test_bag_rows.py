@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from watched import most_at_once
 
 from medssl import bag_rows
 from medssl.bag_rows import StreamBagFeed, ensure_packed, stream_rows
@@ -140,15 +138,12 @@ def test_a_rank_that_waits_does_not_stop_the_others(ray_session: Any, dataset: D
             ray.kill(actor)
 
 
-def test_ranks_together_read_no_more_at_once_than_a_study_may(ray_session: Any, dataset: Dataset, packed_uri: str) -> None:
-    def feed(world: int, tasks: int | None) -> StreamBagFeed:
-        process = Process(0, world, torch.device("cpu"))
-        return StreamBagFeed(packed_uri, train_bags(dataset), BATCH, 5, process, DECODING, tasks)
-
-    began, alone = time.time(), feed(1, 1)
-    assert len(list(alone.batches(0))) == alone.steps_per_epoch
-    assert most_at_once(ray_session, "_decode_rows", began, 2) == 1
-    assert [feed(world, tasks)._tasks for world, tasks in ((1, None), (1, 3), (2, 3), (4, 3))] == [2, 2, 1, 1]
+@pytest.mark.parametrize(("world", "asked", "each"), [(1, None, 2), (1, 1, 1), (1, 3, 2), (2, 3, 1), (2, 4, 2), (4, 3, 1)])
+def test_ranks_share_what_a_study_may_read_with(
+    dataset: Dataset, packed_uri: str, world: int, asked: int | None, each: int
+) -> None:
+    process = Process(0, world, torch.device("cpu"))
+    assert StreamBagFeed(packed_uri, train_bags(dataset), BATCH, 5, process, DECODING, asked)._tasks == each
 
 
 def test_errors_of_the_tasks_reach_the_rank_in_one_line(dataset: Dataset, folder: Path) -> None:

@@ -22,6 +22,7 @@ from medssl.datasets.dataset import open_dataset
 from medssl.errors import NonFiniteLoss
 from medssl.recipe_file import load
 from medssl.runner import Runner
+from medssl.stages.ingest import IngestOptions, ingest
 from medssl.store import Store, open_store
 from medssl.study import Study
 
@@ -130,6 +131,9 @@ def test_a_streamed_pretraining_sees_every_step_on_every_rank(ray_session: Any, 
     """feeding: streaming, two ranks; Ray Data reads and decodes the shards anew in each epoch, one at a time where asked."""
     store = open_store(str(tmp_path / "store"), create=True)
     fields = recipe(dataset, 2, epochs=2) | {"images": {"decode_px": 32, "feeding": "streaming"}}
+    many = tmp_path / "lesions"
+    ingest(Path(dataset).parent / "drawn" / "table.csv", str(many), IngestOptions(shard_rows=5))
+    fields["dataset"] = dataset = str(many)
     fields["compute"]["reading_cpus"], began = 1, time.time()
     pretrain(fields, store)
     assert most_at_once(ray_session, "_decode_shards", began, 2 * len(open_dataset(dataset).shards)) == 1
