@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -58,15 +60,16 @@ def test_nodes_that_come_are_waited_for(ray_session: Any) -> None:
         if not started:
             address = ray_session.get_runtime_context().gcs_address
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=3", "--block"]
+            again = ["bash", "-c", 'until "$@"; do sleep 1; done', "node"]  # a node gives up where its agent is slow to start
             quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            started.append(subprocess.Popen(command, start_new_session=True, **quiet))
+            started.append(subprocess.Popen([*again, *command], start_new_session=True, **quiet))
 
     try:
         with connected(cpus=6, wait_minutes=3, tell=tell):
             assert ray_session.cluster_resources()["CPU"] >= 8
     finally:
         for node in started:
-            node.terminate()
+            os.killpg(node.pid, signal.SIGTERM)
             node.wait(60)
     assert lines[0] == "the cluster has not 8 CPUs yet: waiting for its nodes for up to 3 minutes"
     end = time.monotonic() + 120
