@@ -105,8 +105,9 @@ def _add_study(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 _LAYOUTS = (
-    "isic2018", "isic2019", "isic2019-paper000", "ham10000", "isic2017", "padufes20", "dermnet", "oral", "breakhis400",
-    "kather2016", "patchcamelyon", "kermany", "chexpert", "nih14", "covid-cxr", "busi", "brain-mri", "eurosat", "dicom",
+    "isic2018", "isic2019", "isic2019-paper000", "ham10000", "isic2017", "padufes20", "dermnet", "oral", "oral-paper000",
+    "breakhis400", "kather2016", "patchcamelyon", "kermany", "chexpert", "nih14", "covid-cxr", "busi", "brain-mri", "eurosat",
+    "dicom",
 )  # fmt: skip
 """Names of `datasets.layouts.LAYOUTS`, which a test compares; importing them here would slow every command."""
 _COLUMNS = ("image", "image-id", "label", "patient", "bag", "split", "site", "device", "sex", "age")
@@ -126,6 +127,7 @@ def _add_ingest(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--drop", action="append", default=[], metavar="COLUMN", help="leave a column of the table out")
     sub.add_argument("--licence", default="", help="licence text for the dataset card")
     sub.add_argument("--seed", type=int, default=0, help="seed of missing splits (default: 0)")
+    sub.add_argument("--shares", metavar="TRAIN,VAL,TEST", help="shares of missing splits (default: 0.6,0.1,0.3)")
     sub.add_argument("--held-out", metavar="COLUMN=VALUE", help="make the images of one site (device, ...) the test split")
     sub.add_argument("--allow-leakage", action="store_true", help="take a split with a patient on two sides, and record it")
     sub.add_argument("--pseudonymise", action="store_true", help="replace patient ids by keyed hashes")
@@ -287,6 +289,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
     from medssl.console import Console
     from medssl.datasets.held_out import HeldOut
     from medssl.datasets.pseudonyms import read_key
+    from medssl.datasets.splits import read_shares
     from medssl.datasets.table import TableColumns
     from medssl.stages.ingest import IngestOptions, ingest
 
@@ -304,6 +307,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
         findings=tuple(name.strip() for name in arguments.findings.split(",")) if arguments.findings else (),
         licence=arguments.licence,
         seed=arguments.seed,
+        shares=read_shares(arguments.shares) if arguments.shares is not None else None,
         held_out=HeldOut.parse(arguments.held_out) if arguments.held_out is not None else None,
         allow_leakage=arguments.allow_leakage,
         pseudonym_key=read_key(arguments.key_file) if arguments.pseudonymise else None,

@@ -201,6 +201,8 @@ def covid_cxr(root: Path) -> None:
         given |= {"folder": folder, "filename": f"film {n}.jpg", "clinical_notes": "Mr Doe came from abroad"}
         rows.append([given.get(column, "") for column in COVID.split(",")])
     table(root / "metadata.csv", COVID, rows)
+    for name in ("annotations/lungVAE-masks/film 0_mask.png", "docs/covid-xray-2.jpg"):  # as in a clone of the collection
+        draw(root / name)
 
 
 def busi(root: Path) -> None:

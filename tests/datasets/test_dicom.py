@@ -13,7 +13,8 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from medssl.datasets.dicom import frame_png, read_facts
@@ -124,6 +125,42 @@ def test_frames_and_colour() -> None:
         frame_png(data, 3)
     colour = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     assert np.array_equal(opened(frame_png(dicom(colour, bits=8), 0)), colour)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_palette_gives_its_colours(bits: int) -> None:
+    """PS3.3 C.7.6.3.1.5: entries of 8 or 16 bits, whatever the bits of the indices."""
+    generator = np.random.default_rng(1)
+    kind = np.uint8 if bits == 8 else np.uint16
+    tables = {name: generator.integers(0, 1 << bits, 256).astype(kind) for name in ("Red", "Green", "Blue")}
+    tags: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, entries in tables.items():
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
+        tags[f"{name}PaletteColorLookupTableData"] = entries.tobytes()
+    indices = generator.integers(0, 256, (6, 5)).astype(np.uint8)
+    expected = np.stack([entries[indices] >> (bits - 8) for entries in tables.values()], axis=-1)
+    assert np.array_equal(opened(frame_png(dicom(indices, bits=8, **tags), 0)), expected)
+
+
+def lookup(entries: list[int], first: int, bits: int, **more: Any) -> Sequence:
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [len(entries), first, bits], np.array(entries, np.uint16).tobytes()
+    for name, value in more.items():
+        setattr(table, name, value)
+    return Sequence([table])
+
+
+def test_tables_of_the_modality_and_of_the_display_are_applied() -> None:
+    """A table's output range is that of its bits: an image that uses a part of it stays as dark as the display would show it."""
+    samples = (RAMP // 16).astype(np.uint8)
+    curve = [(value * value) // 128 for value in range(256)]  # up to 508 of 1023
+    shown = opened(frame_png(dicom(samples, bits=8, VOILUTSequence=lookup(curve, 0, 10)), 0))
+    assert np.abs(shown - np.array(curve)[samples] / 1023 * 65535).max() <= 1
+    down = [1023 - 4 * value for value in range(256)]
+    modality = lookup(down, 0, 16, ModalityLUTType="US")
+    values = np.array(down)[samples]
+    found = opened(frame_png(dicom(samples, bits=8, ModalityLUTSequence=modality), 0))
+    assert np.abs(found - (values - values.min()) / np.ptp(values) * 65535).max() <= 1
 
 
 def test_compressed_pixels() -> None:

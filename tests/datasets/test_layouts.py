@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute
 import pytest
 from PIL import Image
 from tests.datasets import miniatures
@@ -17,11 +20,13 @@ from tests.datasets import miniatures
 from medssl import cli
 from medssl.datasets.findings import FindingsParams, finding_labels
 from medssl.datasets.layouts import LAYOUTS, read_layout
-from medssl.datasets.layouts.isic2019 import PAPER_000, PAPER_000_VAL, draw_counts
 from medssl.datasets.layouts.kather2016 import TISSUES
-from medssl.datasets.layouts.tree import Record
+from medssl.datasets.layouts.tree import copies
 from medssl.datasets.members import read_member
+from medssl.datasets.splits import missing_shares
 from medssl.errors import DataError
+from medssl.stages.ingest import IngestOptions
+from medssl.stages.splitting import complete_splits
 
 EXPECTED: dict[str, tuple[int, dict[str | None, int], dict[str | None, int]]] = {
     "isic2018": (14, {"train": 8, "val": 3, "test": 3}, {"mel": 4, "nv": 3, "bcc": 3, "akiec": 1, "bkl": 1, "df": 1, "vasc": 1}),
@@ -56,7 +61,7 @@ def rows(name: str, root: Path, **options: Any) -> Any:
 
 def test_the_command_line_names_every_layout() -> None:
     assert set(cli._LAYOUTS) == set(LAYOUTS)
-    assert {*EXPECTED, "isic2019-paper000", "dicom"} == set(LAYOUTS)
+    assert {*EXPECTED, "isic2019-paper000", "oral-paper000", "dicom"} == set(LAYOUTS)
 
 
 def counts(values: Any) -> Counter[str | None]:
@@ -174,6 +179,9 @@ def lacking(root: Path, pattern: str) -> None:
         ("dermnet", "test", "there are no images in test/"),
         ("kermany", "test", "there are no images in test/"),
         ("brain-mri", "Testing", "there are no images in testing/"),
+        ("brain-mri", "Testing/glioma", "there are no images of class glioma in testing/"),
+        ("brain-mri", "Te-gl_0010.jpg", "there are no images of class glioma in testing/"),
+        ("oral", "100x Normal*", "there are no images of class normal at 100x"),
     ],
 )
 def test_a_partial_folder(name: str, missing: str, words: str, tmp_path: Path) -> None:
@@ -190,6 +198,87 @@ def test_fewer_images_than_were_published(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{there} images of {whole:,} are there"):
         read_layout(str(root), name)
     assert len(rows(name, root)) == there
+
+
+def test_more_images_than_were_published_are_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = made("busi", tmp_path / "data")
+    monkeypatch.setitem(LAYOUTS, "busi", replace(LAYOUTS["busi"], images=5))
+    with pytest.raises(DataError, match="6 images are there, it has 5"):
+        rows("busi", root)
+
+
+@pytest.mark.parametrize("name", ["oral", "brain-mri"])
+def test_forms_that_differ_in_size_have_a_least_one(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"8 images of {1224 if name == 'oral' else 3264:,} are there"):
+        read_layout(str(made(name, tmp_path / "data")), name)
+
+
+@pytest.mark.parametrize("name", ["kermany", "eurosat", "oral", "dermnet", "kather2016", "busi", "brain-mri"])
+def test_an_archive_that_holds_itself_is_read_once(name: str, tmp_path: Path) -> None:
+    """Chest X-rays and brain MRI come so: everything a second time, in a folder of the archive's name."""
+    root = made(name, tmp_path / "data")
+    once = rows(name, root)
+    shutil.copytree(root, tmp_path / "copy")
+    again = root / ("chest_xray" if name == "kermany" else "again")
+    shutil.copytree(tmp_path / "copy", again, dirs_exist_ok=True)
+    twice = rows(name, root)
+    assert twice["label"].to_dict() == once["label"].to_dict()
+
+
+def test_a_folder_with_something_of_its_own_is_no_copy() -> None:
+    whole = ["train/a/1.png", "train/b/1.png", "test/a/1.png"]
+    again = [f"set/{path}" for path in whole]
+    deeper = [f"set/{path}" for path in again]
+    assert copies([*whole, *again]) == set(again) and copies([*again, *deeper]) == set(deeper)
+    assert copies([*whole, *again[1:]]) == set(again[1:]), "an incomplete copy has nothing of its own"
+    assert copies([*whole, *again, "set/train/a/2.png"]) == set()
+    assert copies(["nv/1.png", "mel/nv/1.png", "mel/1.png"]) == set(), "a class within a class"
+
+
+@pytest.mark.parametrize(
+    ("name", "test"),
+    [
+        ("nih14", {"00000003_000"}),
+        ("chexpert", {"patient64541"}),
+        ("brain-mri", {f"Te-{short}_0010" for short in ("gl", "me", "no", "pi")}),
+    ],
+)
+def test_an_official_test_split_gets_no_further_image(name: str, test: set[str], tmp_path: Path) -> None:
+    """Enough patients of every kind that a common split would put some of them into test."""
+    root = made(name, tmp_path / "data")
+    found = read_layout(str(root), name, partial=True)
+    many = pa.concat_tables([found, *(_renamed(found, str(copy)) for copy in range(30))])
+    completed, leakage, shares = complete_splits(many, IngestOptions(findings=LAYOUTS[name].findings))
+    assert not leakage and shares == pytest.approx({"train": 6 / 7, "val": 1 / 7, "test": 0})
+    by_split = completed.to_pandas().groupby("split")
+    assert set(by_split.groups) == {"train", "val", "test"}
+    official = by_split.get_group("test")
+    assert {str(name).split("#")[0] for name in official["patient_id" if name == "chexpert" else "image_id"]} == test
+    assert len(official) == found["split"].to_pylist().count("test")
+
+
+def _renamed(found: pa.Table, copy: str) -> pa.Table:
+    """The images without a split, as other images of other patients."""
+    rows = found.filter(pa.compute.is_null(found["split"]))
+    for column in ("image_id", "patient_id", "bag_id"):
+        values = [None if value is None else f"{value}#{copy}" for value in rows[column].to_pylist()]
+        rows = rows.set_column(rows.schema.get_field_index(column), column, pa.array(values, pa.string()))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "lacks"),
+    [("isic2018", "Validation", "val"), ("isic2017", "Validation", "val"), ("isic2018", "Test", "test")],
+)
+def test_a_challenge_without_one_of_its_parts_has_that_split_made(name: str, part: str, lacks: str, tmp_path: Path) -> None:
+    root = made(name, tmp_path / "data")
+    for path in root.glob(f"*_{part}_*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    found = rows(name, root)
+    official = {"val", "test"} - {lacks}
+    assert set(found["split"].dropna()) == official and (found["split"].isna() == found["uri"].str.contains("Training")).all()
+    given = found["split"].where(found["split"].notna(), None).tolist()
+    assert missing_shares(given)[lacks] > 0 and not any(missing_shares(given)[split] for split in official)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +326,21 @@ def test_other_forms_that_people_download(tmp_path: Path) -> None:
     skin = made("isic2017", tmp_path / "skin")
     miniatures.draw(skin / "ISIC-2017_Training_Part1_GroundTruth" / "ISIC_0000000_segmentation.png")
     assert len(rows("isic2017", skin)) == 10
+    first = made("kermany", tmp_path / "as first published")
+    shutil.rmtree(first / "chest_xray" / "val")
+    assert set(rows("kermany", first)["official_split"]) == {"train", "test"}
+    for part in ("train", "val", "test"):
+        for label in ("Normal", "OSCC"):
+            miniatures.draw(tmp_path / "oral 000" / part / label / f"{part}_{label}.png")
+    assert counts(rows("oral-paper000", tmp_path / "oral 000")["split"]) == {None: 2, "test": 4}
+    for part in ("Training", "Testing"):
+        for label in ("glioma_tumor", "meningioma_tumor", "no_tumor", "pituitary_tumor"):
+            miniatures.draw(tmp_path / "sartaj" / part / label / f"{part}-{label} (1).jpg")
+    assert set(rows("brain-mri", tmp_path / "sartaj")["label"]) == {"glioma", "meningioma", "notumor", "pituitary"}
+    ham, nih = made("ham10000", tmp_path / "ham"), made("nih14", tmp_path / "nih")
+    (ham / "HAM10000_metadata.csv").rename(ham / "HAM10000_metadata")
+    (nih / "Data_Entry_2017.csv").rename(nih / "Data_Entry_2017_v2020.csv")
+    assert len(rows("ham10000", ham)) == 6 and len(rows("nih14", nih)) == 4
     names = ("BACTERIA-1008087-0001", "VIRUS-30539-0002")
     for name in names:
         miniatures.draw(tmp_path / "chest" / "PNEUMONIA" / f"{name}.jpeg")
@@ -264,52 +368,3 @@ def test_tables_that_say_something_else(tmp_path: Path) -> None:
     assert "two rows of ISIC_0027420" in edited("ham10000", "*.csv", "ISIC_0027419", "ISIC_0027420")
     row = "0,10,20,True,False,camelyon16_train_000\n"
     assert "4 images, 4 labels, 3 rows of meta.csv" in edited("patchcamelyon", "*train_meta.csv", row, "")
-
-
-# ---------------------------------------------------------------------------------------------- the split of paper 000
-
-
-def isic2019_in_full() -> list[Record]:
-    """As many images of each class as ISIC 2019 has, two in three in lesions of one to six images."""
-    counts = {"mel": 4522, "nv": 12875, "bcc": 3323, "ak": 867, "bkl": 2624, "df": 239, "vasc": 253, "scc": 628}
-    records, generator = [], np.random.default_rng(0)
-    for label, count in counts.items():
-        at, lesion = 0, 0
-        while at < count:
-            size = min(count - at, int(generator.integers(1, 7)))
-            lesion += 1
-            for n in range(size):
-                bag = f"{label}{lesion}" if lesion % 3 else None
-                records.append(Record(f"{label}-{at + n}.jpg", (label,), patient=bag, bag=bag))
-            at += size
-    return records
-
-
-def test_paper_000s_split_has_its_counts_and_cuts_no_lesion() -> None:
-    records = isic2019_in_full()
-    splits = draw_counts(records, PAPER_000, PAPER_000_VAL, seed=1)
-    assert isinstance(splits, list)
-    found = Counter((split, record.labels[0]) for split, record in zip(splits, records, strict=True))
-    for split, counts in PAPER_000.items():
-        assert {label: found[split, label] for label in counts} == counts
-    assert [sum(n for (s, _), n in found.items() if s == split) for split in ("train", "test", "val")] == [2554, 19423, 1280]
-    sides: dict[str, set[str | None]] = {}
-    for split, record in zip(splits, records, strict=True):
-        if record.bag:
-            sides.setdefault(record.bag, set()).add(split)
-    assert max(len(split) for split in sides.values()) == 1
-    assert draw_counts(records, PAPER_000, PAPER_000_VAL, seed=1) == splits
-    assert draw_counts(records, PAPER_000, PAPER_000_VAL, seed=2) != splits
-
-
-def test_counts_that_cannot_be_met() -> None:
-    pair = [Record(f"{n}.jpg", ("a",), bag="one") for n in range(2)]
-    assert "cannot be met without cutting a lesion" in str(draw_counts(pair, {"train": {"a": 1}, "test": {"a": 1}}, 0, 0))
-    assert "1 images fewer" in str(draw_counts(pair, {"train": {"a": 3}, "test": {}}, 0, 0))
-    torn = [Record("x.jpg", ("a",), bag="one"), Record("y.jpg", ("b",), bag="one")]
-    assert "has images of two classes" in str(draw_counts(torn, {"train": {"a": 1}}, 0, 0))
-
-
-def test_paper_000s_layout_refuses_a_part_of_the_dataset(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="images fewer than the paper's split asks for"):
-        read_layout(str(made("isic2019", tmp_path / "data")), "isic2019-paper000")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medssl.datasets.leakage import audit_leakage, check_bags
-from medssl.datasets.splits import group_numbers, make_splits
+from medssl.datasets.splits import group_numbers, make_splits, missing_shares, read_shares
 from medssl.errors import DataError
 
 SPLIT = st.sampled_from(["train", "val", "test"])
@@ -122,3 +122,15 @@ def test_a_bag_of_two_patients_is_refused() -> None:
     check_bags(["p1", None, "p1"], ["b", "b", "b"])
     with pytest.raises(DataError, match=r"more than one patient \(b\)"):
         check_bags(["p1", "p2"], ["b", "b"])
+
+
+def test_shares_are_read_and_what_is_given_is_whole() -> None:
+    assert read_shares("0.7,0.1,0.2") == {"train": 0.7, "val": 0.1, "test": 0.2}
+    for wrong in ("0.7,0.1", "0.7,0.1,0.3", "a,b,c", "1.2,-0.1,-0.1", ""):
+        with pytest.raises(DataError, match="shares"):
+            read_shares(wrong)
+    sevenths = {"train": 6 / 7, "val": 1 / 7, "test": 0}
+    assert missing_shares([None, "test"]) == pytest.approx(sevenths)
+    assert missing_shares([None, "val"]) == pytest.approx({"train": 2 / 3, "val": 0, "test": 1 / 3})
+    assert missing_shares([None, "val", "test"]) == {"train": 1, "val": 0, "test": 0}
+    assert missing_shares([None, "train"]) == missing_shares([None]) == {"train": 0.6, "val": 0.1, "test": 0.3}

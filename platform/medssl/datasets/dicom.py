@@ -144,7 +144,9 @@ def _colour(samples: NDArray[Any], dataset: Any) -> bytes:
 
     if "PALETTE" in _photometric(dataset):
         samples = apply_color_lut(samples, dataset)
-    if samples.dtype != np.uint8:
+        if samples.dtype != np.uint8:  # entries of 16 bits, however few the indices have
+            samples = (samples >> 8).astype(np.uint8)
+    elif samples.dtype != np.uint8:
         samples = (samples.astype(np.uint32) >> max(0, int(dataset.BitsStored) - 8)).astype(np.uint8)
     return png(samples[:, :, :3])
 
@@ -177,7 +179,7 @@ def _windowed(values: NDArray[np.float64], dataset: Any) -> NDArray[np.int64]:
     low, high = float(values.min()), float(values.max())
     if "VOILUTSequence" in dataset:
         values = np.asarray(apply_voi_lut(values.astype(np.int64), dataset), np.float64)
-        low, high = float(values.min()), float(values.max())
+        low, high = 0.0, float((1 << int(dataset.VOILUTSequence[0].LUTDescriptor[2])) - 1)
     elif dataset.get("WindowCenter") is not None:
         # What lies far outside on either side shows which output stands for black and for white.
         ends = np.array([values.min() - 1e9, values.max() + 1e9])

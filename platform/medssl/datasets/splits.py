@@ -82,6 +82,17 @@ def make_splits(
     return [split if (split := given[row]) is not None else chosen[group] for row, group in enumerate(groups)]
 
 
+def missing_shares(given: Sequence[str | None]) -> dict[str, float]:
+    """Shares of the rows without a split: `DEFAULT_SHARES` of train and of what no row is given.
+
+    A test or validation split that somebody gave is whole: what is left beside it goes to train and, if there is none,
+    to val (to test likewise).
+    """
+    whole = {split for split in given if split is not None} - {"train"}
+    left = {split: share for split, share in DEFAULT_SHARES.items() if split not in whole}
+    return check_shares({split: share / sum(left.values()) for split, share in left.items()})
+
+
 def check_shares(shares: Mapping[str, float]) -> dict[str, float]:
     """The shares in the order train, val, test; DataError unless they are shares of known splits that sum to 1."""
     unknown = sorted(set(shares) - set(SPLITS))
@@ -92,6 +103,18 @@ def check_shares(shares: Mapping[str, float]) -> dict[str, float]:
         text = ", ".join(f"{split} {share:g}" for split, share in ordered.items())
         raise DataError(f"the shares of the splits are {text}: they must be between 0 and 1 and sum to 1")
     return ordered
+
+
+def read_shares(text: str) -> dict[str, float]:
+    """Shares of train, val and test from `0.7,0.1,0.2`.
+
+    Raises:
+        DataError: not three numbers between 0 and 1 that sum to 1.
+    """
+    try:
+        return check_shares(dict(zip(SPLITS, map(float, text.split(",")), strict=True)))
+    except ValueError:
+        raise DataError(f"shares '{text}' are not three numbers for {', '.join(SPLITS)}: give them as 0.7,0.1,0.2") from None
 
 
 def _most_frequent(labels: Sequence[str | None]) -> str | None:

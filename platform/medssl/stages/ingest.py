@@ -129,7 +129,7 @@ class IngestOptions:
     seed: int = 0
     """Seed of the splits that the source does not give."""
     shares: Mapping[str, float] | None = None
-    """Share of images by split, for those; `datasets.splits.DEFAULT_SHARES` when None."""
+    """Share of images by split, for those; None shares them as `datasets.splits.missing_shares` does."""
     held_out: HeldOut | None = None
     """Makes the images of one value of a column the test split, and splits the others into train and val."""
     allow_leakage: bool = False

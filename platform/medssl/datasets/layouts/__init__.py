@@ -40,6 +40,7 @@ LAYOUTS: dict[str, Layout] = {
     "padufes20": padufes20.LAYOUT,
     "dermnet": dermnet.LAYOUT,
     "oral": oral.LAYOUT,
+    "oral-paper000": oral.PAPER_000_LAYOUT,
     "breakhis400": breakhis.LAYOUT,
     "kather2016": kather2016.LAYOUT,
     "patchcamelyon": patchcamelyon.LAYOUT,

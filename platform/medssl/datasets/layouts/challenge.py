@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pandas as pd
 
@@ -35,3 +35,9 @@ def challenge_parts(tree: Tree, folder: str, parts: Collection[str]) -> dict[str
     if strangers:
         tree.refuse(f"{len(strangers):,} images are in no folder of the challenge (the first: {strangers[0]})")
     return {part: images for part, images in found.items() if images}
+
+
+def official_split(part: str, there: Collection[str], splits: Mapping[str, str]) -> str | None:
+    """The split of a part of the challenge. None for the training part of a download without all parts: what it lacks is then
+    made from it."""
+    return splits[part] if splits[part] != "train" or len(there) == len(splits) else None

@@ -22,13 +22,14 @@ def _read(tree: Tree) -> list[Record]:
     columns = ("patientid", "sex", "age", "finding", "view", "modality", "folder", "filename")
     frame = tree.table(tree.find("metadata.csv"), columns)
     named = set(frame["filename"])
-    strangers = [path for path in tree.images if path.rpartition("/")[2] not in named]
+    films = [path for path in tree.images if "images" in path.split("/")[:-1]]  # masks and pictures of its pages lie elsewhere
+    strangers = [path for path in films if path.rpartition("/")[2] not in named]
     if strangers:
         tree.refuse(f"{len(strangers):,} images are in no row of metadata.csv (the first: {strangers[0]})")
     frame = frame[(frame["modality"] == "X-ray") & (frame["folder"] == "images")]
     if frame.empty:
         tree.refuse("metadata.csv names no X-rays in images")
-    paths = {path.rpartition("/")[2]: path for path in tree.images if "images" in path.split("/")[:-1]}
+    paths = {path.rpartition("/")[2]: path for path in films}
     absent = [name for name in frame["filename"] if name not in paths]
     if absent:
         tree.refuse(f"{len(absent):,} of {len(frame):,} X-rays named in metadata.csv are missing (the first: {absent[0]})")

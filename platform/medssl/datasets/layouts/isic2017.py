@@ -9,7 +9,7 @@ further ado; bkl holds seborrhoeic keratoses alone. The column `diagnosis` has I
 
 from __future__ import annotations
 
-from medssl.datasets.layouts.challenge import challenge_parts
+from medssl.datasets.layouts.challenge import challenge_parts, official_split
 from medssl.datasets.layouts.tree import Layout, Record, Tree, number
 
 _PARTS = {"Training": "train", "Validation": "val", "Test_v2": "test"}
@@ -34,7 +34,7 @@ def _read(tree: Tree) -> list[Record]:
                 tree.refuse(f"{truth} says {row['melanoma']}, {row['seborrheic_keratosis']} of {row['image_id']}")
             fact = facts.get(row["image_id"], {})
             further = {"age": number(fact.get("age_approximate")), "sex": fact.get("sex"), "diagnosis": label[1]}
-            records.append(Record(path, label[:1], split=_PARTS[part] if len(parts) > 1 else None, further=further))
+            records.append(Record(path, label[:1], split=official_split(part, parts, _PARTS), further=further))
     return records
 
 

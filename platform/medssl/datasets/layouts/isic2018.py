@@ -6,7 +6,7 @@ ids of the training images in `ISIC2018_Task3_Training_LesionGroupings.csv` (col
 
 from __future__ import annotations
 
-from medssl.datasets.layouts.challenge import challenge_parts, one_hot_labels
+from medssl.datasets.layouts.challenge import challenge_parts, official_split, one_hot_labels
 from medssl.datasets.layouts.tree import Layout, Record, Tree
 
 CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
@@ -16,7 +16,8 @@ _SPLITS = {"Training": "train", "Validation": "val", "Test": "test"}
 def _read(tree: Tree) -> list[Record]:
     groupings = tree.table(tree.find("ISIC2018_Task3_Training_LesionGroupings.csv"), ("image", "lesion_id"))
     lesions = dict(zip(groupings["image"], groupings["lesion_id"], strict=True))
-    confirmed = dict(zip(groupings["image"], groupings.get("diagnosis_confirm_type", groupings["image"]), strict=True))
+    confirmations = groupings.get("diagnosis_confirm_type", [None] * len(groupings))
+    confirmed = dict(zip(groupings["image"], confirmations, strict=True))
     parts = challenge_parts(tree, "ISIC2018_Task3_{}_Input", _SPLITS)
     records = []
     for part, images in parts.items():
@@ -27,7 +28,7 @@ def _read(tree: Tree) -> list[Record]:
         for path, name, label in zip(paths, frame["image"], labels, strict=True):
             lesion = lesions.get(name)
             further = {"confirmed_by": confirmed.get(name) if lesion else None}
-            split = _SPLITS[part] if len(parts) > 1 else None
+            split = official_split(part, parts, _SPLITS)
             records.append(Record(path, (label,), patient=lesion, bag=lesion, split=split, further=further))
     unknown = next((r.path for r in records if r.bag is None and "_Training_" in r.path), None)
     return records if unknown is None else tree.refuse(f"LesionGroupings.csv has no lesion of {unknown}")

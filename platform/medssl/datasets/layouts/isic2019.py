@@ -62,14 +62,16 @@ def draw_counts(
     records: Sequence[Record], counts: Mapping[str, Mapping[str, int]], rest: int, seed: int
 ) -> list[str | None] | str:
     """A split per record: in each split of `counts` so many images of each class, `rest` others in val in the proportions of what
-    is left of each class, None for what is in none; lesions are never cut. A text where the counts cannot be met.
+    is left of each class, None for what is in none; lesions are never cut, and those with images of two classes are left out. A
+    text where the counts cannot be met.
     """
     lesions: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for place, record in enumerate(records):
         lesions[record.labels[0]][record.bag or f"\0{record.path}"].append(place)
-    torn = [name for name, n in Counter(name for of_class in lesions.values() for name in of_class).items() if n > 1]
-    if torn:
-        return f"lesion {torn[0]} has images of two classes"
+    torn = {name for name, n in Counter(name for of_class in lesions.values() for name in of_class).items() if n > 1}
+    for of_class in lesions.values():
+        for name in torn & of_class.keys():
+            del of_class[name]
     wanted = {label: {split: counts[split].get(label, 0) for split in counts} for label in lesions}
     unmet = sorted({label for split in counts.values() for label in split} - set(lesions))
     if unmet:

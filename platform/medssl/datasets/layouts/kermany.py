@@ -1,4 +1,5 @@
-"""Kermany chest X-rays of children: normal or pneumonia, `chest_xray/{train,test,val}/{NORMAL,PNEUMONIA}/*.jpeg`.
+"""Kermany chest X-rays of children: normal or pneumonia, `chest_xray/{train,test,val}/{NORMAL,PNEUMONIA}/*.jpeg`; as
+first published without val, whose 16 images are in train there.
 
 The patient is in the file's name: `person1_bacteria_2.jpeg`, `BACTERIA-1008087-0001.jpeg`, `IM-0115-0001.jpeg`,
 `NORMAL2-IM-0927-0001.jpeg`. The numbers of person... occur in several of the official folders, which hardly have a validation
@@ -21,7 +22,7 @@ def _read(tree: Tree) -> list[Record]:
     classes = {"normal": "normal", "pneumonia": "pneumonia"}
     records = []
     cause: str | None
-    for record in by_folder(tree, classes, splits={"train": "train", "val": "val", "test": "test"}):
+    for record in by_folder(tree, classes, splits={"train": "train", "val": "val", "test": "test"}, optional=("val",)):
         stem = posixpath.splitext(posixpath.basename(record.path))[0]
         person, numbered = _PERSON.match(stem), _NUMBERED.match(stem)
         if person is not None:
@@ -37,5 +38,5 @@ def _read(tree: Tree) -> list[Record]:
 
 
 LAYOUT = Layout(
-    "Kermany chest X-rays", "NORMAL/ and PNEUMONIA/ with .jpeg images, below train/, test/ and val/", _read, images=5_856
+    "Kermany chest X-rays", "NORMAL/ and PNEUMONIA/ with .jpeg images, below train/, test/ and perhaps val/", _read, images=5_856
 )

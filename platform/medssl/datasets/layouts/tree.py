@@ -6,7 +6,7 @@ import io
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +52,8 @@ class Layout:
     findings: tuple[str, ...] = ()
     """Columns that are findings: missing splits are stratified by them, unless the user names others."""
     images: int | None = None
-    """Images of the dataset as it is published, where no table in it says so; a folder with fewer is not whole."""
+    """Images of the dataset as it is published, where no table in it says so; a folder with fewer is not whole, one with more
+    is something else too."""
 
 
 class Tree:
@@ -65,6 +66,8 @@ class Tree:
             DataError: there is no such folder.
         """
         self.layout, self.name, self.seed = layout, name, seed
+        self.whole = layout.images
+        """Images of the dataset, or the fewest of its releases: a layout of several forms says here which it has found."""
         self.identified = False
         """Whether patient ids may be real ones, which have to be replaced."""
         self.remote = source.startswith("s3://")
@@ -85,8 +88,10 @@ class Tree:
 
     @cached_property
     def images(self) -> list[str]:
-        """Relative paths of all image files."""
-        return [path for path in self.files if posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES]
+        """Relative paths of all image files, without what `copies` finds."""
+        found = [path for path in self.files if posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES]
+        twice = copies(found)
+        return [path for path in found if path not in twice]
 
     def uri(self, path: str) -> str:
         """URI or absolute path of a file."""
@@ -171,9 +176,11 @@ class Tree:
         records = self.layout.read(self)
         if not records:
             self.refuse("there are no images")
-        whole = self.layout.images
-        if whole is not None and len(records) < whole and not partial:
-            self.refuse(f"{len(records):,} images of {whole:,} are there (--partial takes a part of {self.layout.title})")
+        published = self.layout.images
+        if published is not None and len(records) > published:
+            self.refuse(f"{len(records):,} images are there, it has {published:,}")
+        if self.whole is not None and len(records) < self.whole and not partial:
+            self.refuse(f"{len(records):,} images of {self.whole:,} are there (--partial takes a part of {self.layout.title})")
         columns = list(dict.fromkeys(name for record in records for name in record.further))
         further = {name: [record.further.get(name) for record in records] for name in columns}
         return build_rows(
@@ -186,6 +193,26 @@ class Tree:
             splits=[record.split for record in records],
             further=pa.table({name: _typed(values) for name, values in further.items()}) if further else None,
         )
+
+
+def copies(paths: Sequence[str]) -> set[str]:
+    """Those that lie in a copy of the folder around them: everything below `a/b/` is below `a/` too, under the same names.
+
+    Some archives hold the whole dataset twice, once in a folder of its own name.
+    """
+    there, below = set(paths), dict[tuple[str, str], list[str]]()
+    for path in paths:
+        parts = path.split("/")
+        for depth in range(len(parts) - 1):
+            below.setdefault(("/".join(parts[:depth]), parts[depth]), []).append(path)
+    found = set[str]()
+    for (around, name), inside in below.items():
+        base = f"{around}/" if around else ""
+        within = [path[len(base) + len(name) + 1 :] for path in inside]
+        # A folder of nothing but images may be a class with the file names of another.
+        if any("/" in path for path in within) and all(base + path in there for path in within):
+            found.update(inside)
+    return found
 
 
 def _typed(values: Sequence[Any]) -> pa.Array:
@@ -211,12 +238,14 @@ def by_folder(
     *,
     splits: Mapping[str, str] | None = None,
     images: Sequence[str] | None = None,
+    optional: Collection[str] = (),
     exact: bool = True,
 ) -> list[Record]:
     """One record per image whose folder is one of `classes` (folder name in lower case -> label), with the split of the nearest
     folder above that `splits` names.
 
-    Refuses an image in no such folder, and (`exact`) a class or, where some images have a split, a split without images.
+    Refuses an image in no such folder, and (`exact`) a class or, where some images have a split, a split without images that is
+    not `optional`.
     """
     records = []
     for path in tree.images if images is None else images:
@@ -231,7 +260,7 @@ def by_folder(
     if records and exact and absent:
         tree.refuse(f"there are no images of class {absent[0]}")
     parts = {record.split for record in records}
-    lacking = next((folder for folder, split in (splits or {}).items() if split not in parts), None)
+    lacking = next((folder for folder, split in (splits or {}).items() if split not in {*parts, *optional}), None)
     if exact and parts != {None} and lacking is not None:
         tree.refuse(f"there are no images in {lacking}/")
     return records
