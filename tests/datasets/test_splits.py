@@ -134,3 +134,14 @@ def test_shares_are_read_and_what_is_given_is_whole() -> None:
     assert missing_shares([None, "val"]) == pytest.approx({"train": 2 / 3, "val": 0, "test": 1 / 3})
     assert missing_shares([None, "val", "test"]) == {"train": 1, "val": 0, "test": 0}
     assert missing_shares([None, "train"]) == missing_shares([None]) == {"train": 0.6, "val": 0.1, "test": 0.3}
+
+
+def test_few_groups_of_many_classes_leave_no_split_empty() -> None:
+    """Ten slides with the tiles of eight tissues, as in Kather's set: most tissues lead in one slide, which would go to train."""
+    groups = [slide for slide in range(10) for _ in range(50)]
+    labels = [f"tissue {slide % 8}" for slide in groups]
+    names, shares = [f"slide {slide}" for slide in groups], read_shares("0.7,0.1,0.2")
+    for seed in range(5):
+        splits = make_splits(groups, names, labels, [None] * 500, seed=seed, shares=shares)
+        assert {split: splits.count(split) for split in ("train", "val", "test")} == {"train": 350, "val": 50, "test": 100}
+        assert len(set(zip(groups, splits, strict=True))) == 10

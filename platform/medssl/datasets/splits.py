@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from medssl.datasets.rowset import SPLITS
 from medssl.errors import DataError
@@ -49,7 +49,8 @@ def make_splits(
 
     Within each class (of a group: its most frequent label) the groups are put in the order of a hash of (seed, name),
     and cut at the shares of images; a class of as many groups as splits or more has one in each. So one row more, or
-    one label mended, moves few others. Groups without any label go to train: nothing else can use them.
+    one label mended, moves few others. Groups without any label go to train: nothing else can use them. Where classes have so few
+    groups (ten slides of eight tissues) that a split would stay empty, all groups are cut together.
 
     Args:
         groups: group number of each row.
@@ -76,9 +77,11 @@ def make_splits(
         else:
             name = min(names[row] for row in rows)
             strata.setdefault(label, []).append((hashlib.sha256(f"{seed}\0{name}".encode()).digest(), group, len(rows)))
-    for stratum in strata.values():
-        ordered = [(group, size) for _, group, size in sorted(stratum)]
-        chosen |= _cut(ordered, shares)
+    made = _cut_each(strata.values(), shares)
+    lacking = {split for split, share in shares.items() if share > 0} - set(chosen.values()) - set(made.values())
+    if lacking and strata:
+        made = _cut_each([[group for stratum in strata.values() for group in stratum]], shares)
+    chosen |= made
     return [split if (split := given[row]) is not None else chosen[group] for row, group in enumerate(groups)]
 
 
@@ -123,6 +126,14 @@ def _most_frequent(labels: Sequence[str | None]) -> str | None:
         if label is not None:
             counts[label] = counts.get(label, 0) + 1
     return min(counts, key=lambda label: (-counts[label], label)) if counts else None
+
+
+def _cut_each(strata: Iterable[Sequence[tuple[bytes, int, int]]], shares: Mapping[str, float]) -> dict[int, str]:
+    """Split by group, for (order, group, images) stratum by stratum."""
+    chosen: dict[int, str] = {}
+    for stratum in strata:
+        chosen |= _cut([(group, size) for _, group, size in sorted(stratum)], shares)
+    return chosen
 
 
 def _cut(ordered: Sequence[tuple[int, int]], shares: Mapping[str, float]) -> dict[int, str]:
