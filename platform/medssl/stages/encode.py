@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from medssl.artifacts import folder, publish, read_marker
 from medssl.compute import Compute
 from medssl.errors import MedsslError
+from medssl.leases import lease
 from medssl.stages.context import Context, Opened
 from medssl.stages.exporter import export
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
@@ -91,13 +92,16 @@ def run_encoding(
 
 
 def _encode(task: InitialiseTask | EmbedTask, compute: dict[str, Any], handle: Any) -> None:
-    import torch
-
     export()
     opened = task.context.open()
-    if read_marker(opened.store, task.spec.name) is not None:  # another study has made it meanwhile
-        return
-    settings = Compute.model_validate(compute)
+    with lease(opened.store, task.spec.name, run=opened.recipe.study):
+        if read_marker(opened.store, task.spec.name) is None:  # another study may have made it meanwhile
+            _make(opened, task, Compute.model_validate(compute), handle)
+
+
+def _make(opened: Opened, task: InitialiseTask | EmbedTask, settings: Compute, handle: Any) -> None:
+    import torch
+
     torch.set_num_threads(settings.trial_cpus)
     device = torch.device("cuda" if settings.gpus_per_worker else "cpu")
 

@@ -27,6 +27,7 @@ from medssl.artifacts import Marker, folder, publish, read_marker
 from medssl.calibration import fit_temperature
 from medssl.compute import Compute
 from medssl.errors import DataError
+from medssl.leases import lease
 from medssl.metrics import SCORES, UNKNOWN
 from medssl.protocols import FineTune, Probe, Protocol
 from medssl.recipe import Recipe
@@ -169,8 +170,14 @@ def _parts(protocol: Protocol, specs: Mapping[int, Spec]) -> list[Mapping[int, S
 
 
 def evaluate(task: EvaluateTask) -> None:
-    """Trains and judges the head seeds of one task; runs in a trial. What is finished already is not done again."""
+    """Trains and judges the head seeds of one task; runs in a trial. What is finished already is not done again, and what another
+    study is just doing is waited for: who needs more head seeds needs the first one too."""
     opened = task.context.open()
+    with lease(opened.store, task.specs[min(task.specs)].name, run=opened.recipe.study):
+        _evaluate_missing(opened, task)
+
+
+def _evaluate_missing(opened: Opened, task: EvaluateTask) -> None:
     arm, protocol = _named(opened.recipe, task.arm, task.protocol)
     missing = {seed: spec for seed, spec in task.specs.items() if read_marker(opened.store, spec.name) is None}
     if not missing:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from medssl.artifacts import folder, publish, read_marker
 from medssl.errors import DataError
+from medssl.leases import lease
 from medssl.metrics import SCORES
 from medssl.recipe import Recipe
 from medssl.shifted import restrict
@@ -62,8 +63,14 @@ def run_transfers(tasks: Sequence[TransferTask], recipe: Recipe, on_progress: On
 
 
 def transfer(task: TransferTask) -> None:
-    """Applies each evaluation's classifier to the shifted images; runs in a trial. What is finished is not done again."""
+    """Applies each evaluation's classifier to the shifted images; runs in a trial. What is finished, or just being made by
+    another study, is not done again."""
     opened = task.context.open()
+    with lease(opened.store, next(iter(task.specs.values())).name, run=opened.recipe.study):
+        _transfer_missing(opened, task)
+
+
+def _transfer_missing(opened: Opened, task: TransferTask) -> None:
     rows, labels = np.asarray(task.rows, dtype=np.int64), np.asarray(task.labels, dtype=np.int64)
     for name, spec in task.specs.items():
         if read_marker(opened.store, spec.name) is not None:
