@@ -36,6 +36,13 @@ def by_arm(name: str) -> dict[str, str]:
     return {"{{study}} {{arm}}": f"ray_medssl_{name}{S}"}
 
 
+def counted(name: str) -> str:
+    """How often something was counted within RATE. A process's series begins with its first count and not with 0, so `increase`
+    sees none of what a new series brings: that is taken whole."""
+    series = f"ray_medssl_{name}_total"
+    return f"(last_over_time({series}{RATE}) unless {series} offset {RATE[1:-1]}) or increase({series}{RATE})"
+
+
 OVERVIEW = (
     Panel("Pretrainings under way", "short", {"": f"sum(ray_medssl_running{S}) or vector(0)"}, "stat"),
     Panel("Progress", "percentunit", {"{{study}} {{arm}}": f"ray_medssl_epochs_done{S} / ray_medssl_epochs{S}"}, "bargauge",
@@ -74,7 +81,7 @@ STORAGE = (
     Panel("Requests a second", "reqps", {"": f"sum(rate(ray_medssl_store_requests_total{RATE}))"}),
     Panel("Retries a second", "reqps", {"": f"sum(rate(ray_medssl_store_retries_total{RATE})) or vector(0)"},
           text="The store did not answer, or answered in part; requests are repeated for two minutes."),
-    Panel("Errors", "short", {"": f"sum(increase(ray_medssl_store_errors_total{RATE})) or vector(0)"}, "stat",
+    Panel("Errors", "short", {"": f"sum({counted('store_errors')}) or vector(0)"}, "stat",
           "Requests given up or refused."),
     Panel("Bytes read a second", "Bps", {"": f"sum(rate(ray_medssl_store_read_bytes_total{RATE}))"}),
     Panel("Bytes written a second", "Bps", {"": f"sum(rate(ray_medssl_store_written_bytes_total{RATE}))"}),

@@ -99,6 +99,20 @@ def test_every_alert_fires_when_it_should_and_not_when_it_should_not(tmp_path: P
     assert {test["alertname"] for test in expected if "exp_alerts" in test} == {rule["alert"] for rule in rules()}
 
 
+def test_the_errors_panel_sees_a_process_whose_first_count_is_an_error(tmp_path: Path) -> None:
+    panels = json.loads((DASHBOARDS / "grafana" / "storage.json").read_text())["panels"]
+    shown = next(panel["targets"][0]["expr"] for panel in panels if panel["title"] == "Errors")
+    series = [{"series": f'ray_medssl_store_errors_total{{WorkerId="{worker}"}}', "values": values}
+              for worker, values in (("old", "7x40"), ("new", "_x10 3x30"), ("gone", "_x30 1 stale"))]  # fmt: skip
+    wanted = {5: 0, 12: 3, 20: 0, 32: 1, 38: 0}
+    asked = [{"expr": shown, "eval_time": f"{at}m", "exp_samples": [{"value": value, "labels": "{}"}]}
+             for at, value in wanted.items()]  # fmt: skip
+    tests = [{"interval": "1m", "input_series": series, "promql_expr_test": asked}]
+    (tmp_path / "panel.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": tests}))
+    done = promtool("test", "rules", tmp_path / "panel.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_provisioning_names_what_is_there() -> None:
     source = yaml.safe_load((DASHBOARDS / "provisioning" / "datasources" / "prometheus.yaml").read_text())
     provider = yaml.safe_load((DASHBOARDS / "provisioning" / "dashboards" / "medssl.yaml").read_text())
