@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from medssl.errors import StoreError
 from medssl.retry import patiently
 from medssl.store import open_store
 from medssl.training.feed import ResidentFeed, ResidentImages
-from medssl.training.loop import pretrain
+from medssl.training.loop import PretrainResult, pretrain
 from medssl.training.plan import PretrainPlan
 
 
@@ -93,27 +95,59 @@ def test_every_metric_is_described_and_has_few_labels() -> None:
         assert not set(metric.labels) - {"study", "stage", "arm", "term", "protocol", "dataset"}
 
 
-def test_the_loop_tells_what_its_history_has(tmp_path: Path, recorder: Recorder) -> None:
-    array = torch.randint(0, 256, (40, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
-    images = ResidentImages.write(tmp_path / "images", array, [str(k) for k in range(len(array))])
-    process = Process(0, 1, torch.device("cpu"))
+IMAGES, BATCH = 40, 12
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ResidentImages:
+    array = torch.randint(0, 256, (IMAGES, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    return ResidentImages.write(tmp_path / "images", array, [str(k) for k in range(IMAGES)])
+
+
+def train(images: ResidentImages, output: Path, feed: type[ResidentFeed] = ResidentFeed, **options: Any) -> PretrainResult:
+    """Nine steps, three to an epoch."""
     fields = {
         "encoder": {"name": "test_resnet", "image_px": 32}, "objective": {"name": "barlow_twins", "projector": (16, 16)},
-        "optimiser": {}, "schedule": {}, "views": {}, "epochs": 3, "batch_size": 12, "seed": 0,
+        "optimiser": {}, "schedule": {}, "views": {}, "epochs": 3, "batch_size": BATCH, "seed": 0,
     }  # fmt: skip
-    seen = []
+    process = Process(0, 1, torch.device("cpu"))
+    fed = feed(images, range(IMAGES), BATCH, 0, process)
     plan = PretrainPlan.model_validate(fields)
-    feed = ResidentFeed(images, range(40), 12, 0, process)
-    output = open_store(str(tmp_path / "out"), create=True)
-    pretrain(plan, feed, process, output, log_every_steps=1, on_progress=lambda now: bool(seen.append(now)))
+    return pretrain(plan, fed, process, open_store(str(output), create=True), log_every_steps=1, **options)
+
+
+def test_a_pretraining_whose_first_step_never_comes_is_seen(tmp_path: Path, images: ResidentImages, recorder: Recorder) -> None:
+    """What the alerts go by is there before the first batch is asked for, when it begins and when it is taken up again."""
+    before = time.time()
+    train(images, tmp_path / "out", on_progress=lambda now: now.step == 4)  # stopped, with a checkpoint of step 4
+    recorder.gauges.clear()
+
+    class Stalled(ResidentFeed):
+        def batches(self, epoch: int, start_step: int = 0) -> Any:
+            raise TimeoutError
+
+    for place, done in (("new", 0), ("out", 4)):
+        with pytest.raises(TimeoutError):
+            train(images, tmp_path / place, Stalled)
+        told = {name: values for (name, _), values in recorder.gauges.items()}
+        recorder.gauges.clear()
+        assert told["running"] == [1.0], done
+        for name in ("progress_time_seconds", "checkpoint_time_seconds"):
+            (since,) = told[name]
+            assert before < since <= time.time(), (done, name)
+
+
+def test_the_loop_tells_what_its_history_has(tmp_path: Path, images: ResidentImages, recorder: Recorder) -> None:
+    seen = []
+    train(images, tmp_path / "out", on_progress=lambda now: bool(seen.append(now)))
     told = {name: values for (name, term), values in recorder.gauges.items() if not term}
     assert told["loss"] == [now.loss for now in seen] and len(seen) == 9
     for name in ("learning_rate", "effective_rank", "embedding_std", "data_wait_share"):
         assert told[name] == [now.measures[name] for now in seen]
     assert told["epochs"] == [3.0] * 9 and told["epochs_done"] == pytest.approx([step / 3 for step in range(1, 10)])
     assert told["step_seconds"] == pytest.approx([12 / now.images_per_second for now in seen])
-    assert told["running"] == [1.0] * 9 + [0.0]
-    assert len(told["checkpoint_time_seconds"]) == len(told["checkpoint_upload_seconds"]) == 3
+    assert told["running"] == [1.0] * 10 + [0.0]
+    assert len(told["checkpoint_time_seconds"]) == 1 + len(told["checkpoint_upload_seconds"]) == 4
     terms = {term for name, term in recorder.gauges if name == "loss_term"}
     assert terms == set(seen[0].measures) & {"invariance", "redundancy", "on_diagonal", "off_diagonal"} and terms
     unchanged = {"loss", "progress_time_seconds", "expected_end_time_seconds", "images_per_second", "non_finite_steps"}

@@ -199,6 +199,7 @@ def _continue_from_checkpoint(run: _Run) -> None:
         run.last_checkpoint_step = run.done
     if run.process.is_main:
         run.history.forget_after(run.done)
+        signals.at_start()
     barrier()  # before any rank writes the parts anew
     _start_window(run)
 

@@ -1,4 +1,4 @@
-"""What the pretraining loop tells telemetry and user at a logged step, a checkpoint and its end. Rank 0 speaks for all."""
+"""What the pretraining loop tells telemetry and user: at its start, a logged step, a checkpoint and its end. Rank 0 speaks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ _COLLAPSED_STD, _COLLAPSED_RANK = 0.02, 1.5
 _SHOWN = ("learning_rate", "images_per_second", "data_wait_share", "effective_rank", "embedding_std")
 
 logger = logging.getLogger(__name__)
+
+
+def at_start() -> None:
+    """The pretraining begins here, or is taken up at its last checkpoint: one that then hangs, or whose first checkpoint never
+    comes, has to be seen as well, and from here on its work can be lost."""
+    now = time.time()
+    telemetry.gauge("running", 1)
+    telemetry.gauge("progress_time_seconds", now)
+    telemetry.gauge("checkpoint_time_seconds", now)
 
 
 def at_log(progress: Progress) -> None:
