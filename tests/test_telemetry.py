@@ -13,9 +13,11 @@ import torch
 
 from medssl import telemetry
 from medssl.collectives import Process
-from medssl.errors import StoreError
-from medssl.retry import patiently
-from medssl.store import open_store
+from medssl.errors import MissingKey, StoreError
+from medssl.filesystem import retrying_filesystem
+from medssl.retry import DEADLINE_VARIABLE, patiently
+from medssl.s3 import PART_BYTES
+from medssl.store import Store, open_store
 from medssl.training.feed import ResidentFeed, ResidentImages
 from medssl.training.loop import PretrainResult, pretrain
 from medssl.training.plan import PretrainPlan
@@ -174,11 +176,7 @@ def test_requests_retries_and_errors_are_counted(recorder: Recorder) -> None:
 
 
 @pytest.mark.s3
-def test_bytes_and_refusals_of_a_real_server(s3_store: object, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medssl.errors import MissingKey
-    from medssl.store import Store
-
-    assert isinstance(s3_store, Store)
+def test_bytes_and_refusals_of_a_real_server(s3_store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     s3_store.write("a", b"x" * 1000)
     assert s3_store.create("b", b"y" * 10)
     assert s3_store.read("a") == b"x" * 1000
@@ -190,3 +188,35 @@ def test_bytes_and_refusals_of_a_real_server(s3_store: object, recorder: Recorde
     with pytest.raises(StoreError):
         s3_store.read("a")
     assert recorder.counters["store_errors"] == 1
+
+
+@pytest.mark.s3
+def test_bytes_and_refusals_on_every_way_to_the_server(
+    s3_store: Store, tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts, and through the filesystem that Ray Data, Train and Tune use: most of the traffic."""
+    size = PART_BYTES + 1000
+    (tmp_path / "large").write_bytes(bytes(size))
+    s3_store.upload(tmp_path / "large", "large")
+    assert recorder.counters["store_written_bytes"] == size
+    s3_store.download("large", tmp_path / "again")
+    assert recorder.counters["store_read_bytes"] == size
+    filesystem, root = retrying_filesystem(s3_store.uri)
+    with filesystem.open_input_file(f"{root}/large") as file:
+        file.read_at(500, 100)
+    assert recorder.counters["store_read_bytes"] == size + 500
+    with filesystem.open_output_stream(f"{root}/small") as out:
+        out.write(b"x" * 70)
+    assert recorder.counters["store_written_bytes"] == size + 70
+    with pytest.raises(FileNotFoundError):
+        filesystem.open_input_file(f"{root}/none")
+    assert "store_errors" not in recorder.counters
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(OSError, match="AWS Error"):
+        filesystem.open_input_file(f"{root}/large")
+    assert recorder.counters["store_errors"] == 1
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv(DEADLINE_VARIABLE, "0")
+    with pytest.raises(OSError, match="AWS Error"):
+        filesystem.open_input_file(f"{root}/large")
+    assert recorder.counters["store_errors"] == 2, "what was given up is counted once"

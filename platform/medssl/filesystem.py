@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from medssl import telemetry
 from medssl.errors import StoreError
 from medssl.retry import patiently
 from medssl.s3 import PART_BYTES, Bucket
@@ -200,7 +201,12 @@ def _build() -> fs.S3FileSystem:
 
 
 def _retry(what: str, path: str, attempt: Callable[[], T]) -> T:
-    return patiently(attempt, is_transient=_is_transient, what=f"{what} s3://{path}")
+    try:
+        return patiently(attempt, is_transient=_is_transient, what=f"{what} s3://{path}")
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError) and not _is_transient(error):  # one that was given up has been counted
+            telemetry.count("store_errors")
+        raise
 
 
 def _retry_once_done(what: str, path: str, attempt: Callable[[], None]) -> None:
@@ -269,6 +275,7 @@ class _Reader(io.RawIOBase):
         except Exception:
             self._file = None
             raise
+        telemetry.count("store_read_bytes", wanted)
         self._position += wanted
         return data
 

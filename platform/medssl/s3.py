@@ -240,6 +240,7 @@ class Bucket:
                 Bucket=self.name, Key=key, UploadId=upload, PartNumber=number, Body=data, ContentMD5=digest
             ),
         )
+        telemetry.count("store_written_bytes", len(data))
         return str(answer["ETag"])
 
     def _complete(self, key: str, upload: str, token: str, etags: list[str]) -> None:
@@ -288,6 +289,7 @@ class Bucket:
             data = _whole(answer)
             if len(data) != stop - start:
                 raise CutShort
+            telemetry.count("store_read_bytes", len(data))
             return data
 
         return self._request("read", key, attempt)
