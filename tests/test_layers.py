@@ -17,14 +17,14 @@ LEVELS = {
     " collectives optim metrics calibration influence subgroups statistics telemetry networks probes datasets",
     1: "objectives checkpoint training",
     2: "protocols shifted outside label_curves published report_params comparison compute matrix arms recipe recipe_file mixes"
-    " lineage forms streams rows bag_rows",
+    " lineage forms exporter streams rows bag_rows",
     3: "stages",
     4: "claims costs comparing judging shifting guards checks pictures results runner study family quickstart starter"
     " job_server submit leftovers forgetting usage",
     5: "console cli cli_jobs __main__",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
-RAY_HOMES = {"streams", "rows", "bag_rows", "stages", "study", "runner", "submit"}
+RAY_HOMES = {"exporter", "streams", "rows", "bag_rows", "stages", "study", "runner", "submit"}
 DISTRIBUTED_HOMES = {"collectives", "training.step"}
 
 

@@ -23,6 +23,7 @@ from medssl.datasets.dataset import Dataset, Shard
 from medssl.datasets.packed import Packed, open_packed, pack_shard, packed_name, read_packed, write_places
 from medssl.datasets.read import Decoding, decode_row
 from medssl.errors import DataError
+from medssl.exporter import export
 from medssl.rows import OnProgress
 from medssl.store import Store, open_for_writing, open_store
 from medssl.streams import pausing, quiet_ray_data, user_error
@@ -89,6 +90,7 @@ def _pack_shards(batch: Any, *, dataset_uri: str, target_uri: str) -> Iterator[A
     """The Ray Data task of packing: shards in, what they became out."""
     import pyarrow as pa
 
+    export()
     target = open_for_writing(target_uri)
     shards = [Shard(item["path"], item["rows"], item["first_row"]) for item in batch.to_pylist()]
     made = [pack_shard(dataset_uri, shard, target) for shard in shards]
@@ -144,6 +146,7 @@ def _decode_rows(batch: Any, *, decoding: Decoding) -> Iterator[dict[str, NDArra
     """The Ray Data task of streaming: one piece's places in, its images out."""
     import torch
 
+    export()
     torch.set_num_threads(1)  # a task has one CPU
     rows, packed = np.frombuffer(batch["rows"][0].as_py(), np.int64), pickle.loads(batch["places"][0].as_py())
     images = read_packed(packed)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from medssl.datasets.dataset import Dataset, open_dataset
 from medssl.datasets.read import Decoding, decoded_batches
 from medssl.errors import DataError
+from medssl.exporter import export
 from medssl.streams import stream_images, user_error
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def ensure_resident_on_nodes(
 
 
 def _build_on_node(dataset_uri: str, decoding: Decoding, cache_dir: str | Path | None) -> None:
+    export()
     resident_images(open_dataset(dataset_uri), decoding, cache_dir=cache_dir)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from medssl.datasets.dataset import Dataset, Shard
 from medssl.datasets.read import Decoding, decoded_batches
 from medssl.errors import DataError, MedsslError, RecipeError
+from medssl.exporter import export
 from medssl.mixes import Source, offsets
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def _decode_shards(
     """The Ray Data task: shards in, batches of decoded images out."""
     import torch
 
+    export()
     torch.set_num_threads(1)  # a task has one CPU
     for place, path, rows, first in zip(*(batch[key] for key in ("source", "path", "rows", "first_row")), strict=True):
         source, offset = sources[place], offsets(sources)[place]

@@ -1,6 +1,6 @@
 """What a run says of itself while it runs: counters and gauges by name, sent on to whoever exports them.
 
-Plain code counts here and knows of no exporter. In a Ray process `medssl.stages.exporter` sends them on to Ray's metrics, which
+Plain code counts here and knows of no exporter. In a Ray process `medssl.exporter` sends them on to Ray's metrics, which
 Prometheus scrapes as `ray_medssl_...` (a counter with `_total`); elsewhere they go nowhere and cost next to nothing. METRICS is
 the one list of them: dashboards, alert rules and tests go by it.
 """

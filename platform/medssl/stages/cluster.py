@@ -14,7 +14,7 @@ import ray
 
 from medssl.compute import SPARE_CPUS
 from medssl.errors import MedsslError
-from medssl.stages.exporter import export, stop_export
+from medssl.exporter import export, stop_export
 from medssl.stopping import sigterm_handled
 
 _POLL_SECONDS = 2.0

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from medssl.artifacts import folder, publish, read_marker
 from medssl.compute import Compute
 from medssl.errors import MedsslError
+from medssl.exporter import export
 from medssl.leases import lease
 from medssl.stages.context import Context, Opened
-from medssl.stages.exporter import export
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, board
 from medssl.stages.specs import TEST, TRAIN, VALIDATION, Spec

@@ -36,6 +36,7 @@ from medssl.datasets.rowset import sorted_by_id
 from medssl.datasets.shards import SHARDS, Rejected, ShardResult, index_schema, write_shard
 from medssl.datasets.table import TableColumns, read_table
 from medssl.errors import DataError
+from medssl.exporter import export
 from medssl.leases import Lease, Owner, lease
 from medssl.stages.cluster import connected, import_torch
 from medssl.stages.splitting import complete_splits, held_out_facts
@@ -294,6 +295,7 @@ def _write_shards(batch: pa.Table, *, store_uri: str, stop: Any) -> Iterator[pa.
     if ray.get(stop.is_set.remote()):
         yield pa.table({"shard": batch["shard"], "result": pa.nulls(len(batch), pa.binary())})
         return
+    export()
     import_torch().set_num_threads(1)  # a task has one CPU
     store = open_store(store_uri)
     results = [pickle.dumps(write_shard(_from_ipc(rows.as_py()), store)) for rows in batch["rows"]]

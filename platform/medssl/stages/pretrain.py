@@ -28,11 +28,11 @@ from medssl.compute import Compute, TrackingParams
 from medssl.datasets.dataset import open_dataset
 from medssl.datasets.read import Decoding
 from medssl.errors import MedsslError, NonFiniteLoss, StoreError
+from medssl.exporter import export
 from medssl.filesystem import retrying_filesystem
 from medssl.mixes import Source, joined_index, shown
 from medssl.rows import open_resident
 from medssl.stages.cluster import require_gpus
-from medssl.stages.exporter import export
 from medssl.stages.initial import STAGED, GivenWeights, facts_of
 from medssl.stages.progress import OnProgress, Report, answered, board
 from medssl.stages.specs import Spec

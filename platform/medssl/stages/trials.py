@@ -26,8 +26,8 @@ from ray import tune
 from medssl import telemetry
 from medssl.compute import Compute
 from medssl.errors import MedsslError, StoreError
+from medssl.exporter import export
 from medssl.filesystem import retrying_filesystem
-from medssl.stages.exporter import export
 from medssl.stages.progress import OnProgress
 from medssl.store import Store
 
