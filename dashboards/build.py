@@ -73,7 +73,8 @@ TRAINING = (
 SEARCH = (
     Panel("Trials under way", "short", {TRIALS: f"ray_medssl_trials_running{S}"}),
     Panel("Trials done", "short", {TRIALS: f"ray_medssl_trials_done{S}"}),
-    Panel("Trials failed", "short", {TRIALS: f"ray_medssl_trials_failed{S}"}, "stat", "Each lost attempt once."),
+    Panel("Trials failed", "short", {TRIALS: f"ray_medssl_trials_failed{S}"}, "stat",
+          "Each lost attempt once, and each trial that failed by itself, which ends the stage."),
     Panel("Trials planned", "short", {TRIALS: f"ray_medssl_trials_planned{S}"}, "stat"),
     Panel("Best validation score", "percentunit", {"{{study}} {{arm}} {{protocol}}": f"ray_medssl_best_score{S}"}),
 )

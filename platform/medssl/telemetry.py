@@ -48,7 +48,7 @@ METRICS: Mapping[str, Metric] = {
     "checkpoint_upload_seconds": Metric("gauge", "Seconds that the last checkpoint took to be written."),
     "trials_done": Metric("gauge", "Trials of the stage that have ended well.", _TRIALS),
     "trials_running": Metric("gauge", "Trials of the stage under way.", _TRIALS),
-    "trials_failed": Metric("gauge", "Trials of the stage that failed, each attempt counted.", _TRIALS),
+    "trials_failed": Metric("gauge", "Lost attempts of the stage's trials, and trials that failed by themselves.", _TRIALS),
     "trials_planned": Metric("gauge", "Trials that the stage has in all.", _TRIALS),
     "best_score": Metric("gauge", "Best validation score that a search has found.", ("study", "arm", "protocol")),
     "store_requests": Metric("counter", "Requests to the object store, each attempt once.", _STORE),

@@ -106,7 +106,9 @@ class Watch(tune.Callback):  # type: ignore[misc]
         self.error: str | None = None
         self.done, self.finished = 0.0, 0
         self._under_way: set[str] = set()
-        self._failed, self._best = 0, -math.inf
+        self._refused: set[str] = set()
+        """Trials that reported a failure of their own."""
+        self._lost, self._best = 0, -math.inf
 
     def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
         return Watch, ()
@@ -120,22 +122,30 @@ class Watch(tune.Callback):  # type: ignore[misc]
         self._under_way.add(str(trial.trial_id))
         self._tell()
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Counts a lost attempt."""
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Counts a lost attempt that is followed by another."""
         self._under_way.discard(str(trial.trial_id))
-        self._failed += 1
+        self._lost += 1
         self._tell()
 
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Counts the lost attempt after which the trial is given up."""
+        self.on_trial_recover(iteration, trials, trial)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Counts a trial."""
-        self.done += self.cost(trial.config) if self.cost else 0.0
-        self.finished += 1
+        """Counts a trial that ended well; one that reported a failure comes by here too."""
         self._under_way.discard(str(trial.trial_id))
+        if str(trial.trial_id) not in self._refused:
+            self.done += self.cost(trial.config) if self.cost else 0.0
+            self.finished += 1
         self._show()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """Notes the reason of a trial that failed."""
         self.error = self.error or result.get("error")
+        if result.get("error") is not None:
+            self._refused.add(str(trial.trial_id))
+            self._tell()
         if self.error is None and "score" in result:
             self._best = max(self._best, float(result["score"]))
             telemetry.gauge("best_score", self._best)
@@ -144,7 +154,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
         telemetry.gauge("trials_planned", self.trials)
         telemetry.gauge("trials_done", self.finished)
         telemetry.gauge("trials_running", len(self._under_way))
-        telemetry.gauge("trials_failed", self._failed)
+        telemetry.gauge("trials_failed", self._lost + len(self._refused))
 
     def _show(self) -> None:
         self._tell()
