@@ -76,6 +76,8 @@ SEARCH = (
     Panel("Trials failed", "short", {TRIALS: f"ray_medssl_trials_failed{S}"}, "stat",
           "Each lost attempt once, and each trial that failed by itself, which ends the stage."),
     Panel("Trials planned", "short", {TRIALS: f"ray_medssl_trials_planned{S}"}, "stat"),
+    Panel("Seeds done", "percentunit", {TRIALS: f"ray_medssl_seeds_done{S} / ray_medssl_seeds_planned{S}"}, "bargauge",
+          "Head seeds of the evaluations; all of a probe's cell end together, in one trial."),
     Panel("Best validation score", "percentunit", {"{{study}} {{arm}} {{protocol}}": f"ray_medssl_best_score{S}"}),
 )
 STORAGE = (

@@ -50,6 +50,8 @@ METRICS: Mapping[str, Metric] = {
     "trials_running": Metric("gauge", "Trials of the stage under way.", _TRIALS),
     "trials_failed": Metric("gauge", "Lost attempts of the stage's trials, and trials that failed by themselves.", _TRIALS),
     "trials_planned": Metric("gauge", "Trials that the stage has in all.", _TRIALS),
+    "seeds_done": Metric("gauge", "Head seeds of the stage that are evaluated; those of a probe train as one trial.", _TRIALS),
+    "seeds_planned": Metric("gauge", "Head seeds that the stage has in all.", _TRIALS),
     "best_score": Metric("gauge", "Best validation score that a search has found.", ("study", "arm", "protocol")),
     "store_requests": Metric("counter", "Requests to the object store, each attempt once.", _STORE),
     "store_retries": Metric("counter", "Requests that were repeated.", _STORE),

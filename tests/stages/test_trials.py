@@ -60,3 +60,15 @@ def test_a_trial_that_fails_by_itself_failed_and_is_not_done(said: dict[str, flo
     assert watch.error == "diverged" and shown[-1] == (1, 2, "1 of 2 trials")
     wanted = {"trials_planned": 2, "trials_done": 1, "trials_running": 0, "trials_failed": 1, "best_score": 0.5}
     assert said == wanted
+
+
+def test_seeds_that_train_as_one_trial_are_counted_each(said: dict[str, float]) -> None:
+    seeds = [35, 5]
+    watch = Watch(trials=2, seeds=lambda config: seeds[config["task"]], all_seeds=sum(seeds))
+    watch.on_trial_start(0, [], trial(0))
+    assert (said["seeds_done"], said["seeds_planned"]) == (0, 40)
+    watch.on_trial_complete(0, [], trial(0))
+    assert (said["seeds_done"], said["trials_done"]) == (35, 1)
+    watch.on_trial_result(0, [], trial(1), {"error": "diverged"})
+    watch.on_trial_complete(0, [], trial(1))
+    assert (said["seeds_done"], said["seeds_planned"]) == (35, 40)

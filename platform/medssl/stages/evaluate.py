@@ -162,7 +162,8 @@ def run_evaluations(tasks: Sequence[EvaluateTask], recipe: Recipe, on_progress: 
     weights = [max(1, sum(s.images for s in t.specs.values())) for t in split]
     store = open_store(tasks[0].context.store_uri).sub(f"tune/{recipe.study}")
     store.delete_prefix("")  # what a killed run left of Tune's state; the study's lease is ours
-    fan_out(evaluate, split, compute=recipe.compute, store=store, weights=weights, on_progress=on_progress)
+    seeds = [len(t.specs) for t in split]
+    fan_out(evaluate, split, compute=recipe.compute, store=store, weights=weights, seeds=seeds, on_progress=on_progress)
 
 
 def _parts(protocol: Protocol, specs: Mapping[int, Spec]) -> list[Mapping[int, Spec]]:

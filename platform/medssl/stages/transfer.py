@@ -59,7 +59,7 @@ def run_transfers(tasks: Sequence[TransferTask], recipe: Recipe, on_progress: On
     weights = [len(task.specs) for task in tasks]
     store = open_store(tasks[0].context.store_uri).sub(f"tune/{recipe.study}")
     store.delete_prefix("")  # what a killed run left of Tune's state; the study's lease is ours
-    fan_out(transfer, tasks, compute=recipe.compute, store=store, weights=weights, on_progress=on_progress)
+    fan_out(transfer, tasks, compute=recipe.compute, store=store, weights=weights, seeds=weights, on_progress=on_progress)
 
 
 def transfer(task: TransferTask) -> None:

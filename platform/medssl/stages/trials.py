@@ -44,6 +44,7 @@ def fan_out(
     compute: Compute,
     store: Store | None = None,
     weights: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Calls `function` on every task, each in a Tune trial; what it makes it leaves in the store itself.
@@ -54,6 +55,7 @@ def fan_out(
     Args:
         store: where Tune keeps its state while it runs; needed on more than one node. None takes a temporary folder.
         weights: cost of each task, for progress; default 1.
+        seeds: head seeds in each task, for telemetry: those of a probe train as one.
 
     Raises:
         MedsslError: a task failed; its reason in one line. Tasks that had not begun are not begun.
@@ -67,7 +69,11 @@ def fan_out(
         return {}
 
     trainable = tune.with_parameters(guarded(run, compute.trial_cpus), tasks=list(tasks))
-    watch = Watch(on_progress, lambda config: costs[config["task"]], sum(costs), len(tasks))
+    counted = [0] * len(tasks) if seeds is None else list(seeds)
+    watch = Watch(
+        on_progress, lambda config: costs[config["task"]], sum(costs), len(tasks),
+        seeds=lambda config: counted[config["task"]], all_seeds=sum(counted),
+    )  # fmt: skip
     config = tune.TuneConfig(max_concurrent_trials=concurrent_trials(compute), reuse_actors=True, **short_names())
     run_trials(trainable, {"task": tune.grid_search(list(range(len(tasks))))}, config, compute, store, "tasks", watch)
 
@@ -101,10 +107,14 @@ class Watch(tune.Callback):  # type: ignore[misc]
         cost: Callable[[dict[str, Any]], float] | None = None,
         total: float = 0.0,
         trials: int = 0,
+        *,
+        seeds: Callable[[dict[str, Any]], int] | None = None,
+        all_seeds: int = 0,
     ) -> None:
         self.on_progress, self.cost, self.total, self.trials = on_progress, cost, total, trials
+        self.seeds, self.all_seeds = seeds, all_seeds
         self.error: str | None = None
-        self.done, self.finished = 0.0, 0
+        self.done, self.finished, self.seeds_done = 0.0, 0, 0
         self._under_way: set[str] = set()
         self._refused: set[str] = set()
         """Trials that reported a failure of their own."""
@@ -138,6 +148,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
         if str(trial.trial_id) not in self._refused:
             self.done += self.cost(trial.config) if self.cost else 0.0
             self.finished += 1
+            self.seeds_done += self.seeds(trial.config) if self.seeds else 0
         self._show()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
@@ -155,6 +166,9 @@ class Watch(tune.Callback):  # type: ignore[misc]
         telemetry.gauge("trials_done", self.finished)
         telemetry.gauge("trials_running", len(self._under_way))
         telemetry.gauge("trials_failed", self._lost + len(self._refused))
+        if self.all_seeds:
+            telemetry.gauge("seeds_planned", self.all_seeds)
+            telemetry.gauge("seeds_done", self.seeds_done)
 
     def _show(self) -> None:
         self._tell()
