@@ -23,7 +23,7 @@ JOBS = [
      "metadata": {"medssl_study": study, "medssl_store": f"s3://{number}", "medssl_submitter": "ann"}}
     for study, number, status in (
         ("a", 1, "RUNNING"), ("a", 2, "RUNNING"), ("b", 3, "RUNNING"), ("b", 4, "FAILED"), ("c-1f", 9, "SUCCEEDED"),
-        ("c", 5, "FAILED"),
+        ("c", 5, "FAILED"), ("d.e", 8, "SUCCEEDED"),
     )
 ]  # fmt: skip
 
@@ -192,6 +192,15 @@ def test_a_study_that_runs_twice_has_to_be_named_by_its_job(other: tuple[str, li
     assert [find_job(server, name).id for name in ("a-1", "b", "c")] == ["a-1", "b-3", "c-5"]
     with pytest.raises(ClusterError, match="no job and no study 'd'"):
         find_job(server, "d")
+
+
+def test_a_study_on_one_of_several_datasets_is_found_by_the_name_it_has_in_alerts(other: tuple[str, list[str]]) -> None:
+    """Alerts and panels say STUDY.DATASET; the job has the name of the whole."""
+    server = JobServer(other[0])
+    assert [find_job(server, name).id for name in ("b.breast", "d.e.breast", "d.e")] == ["b-3", "d.e-8", "d.e-8"]
+    for name in ("bb.breast", "d.breast"):
+        with pytest.raises(ClusterError, match=f"no job and no study '{name}'"):
+            find_job(server, name)
 
 
 def test_the_number_of_a_job_is_one_that_none_has_had(other: tuple[str, list[str]]) -> None:

@@ -137,7 +137,8 @@ def exit_code(job: Job) -> int:
 
 
 def find_job(server: JobServer, name: str) -> Job:
-    """The job of this id, or the running (else latest) one of this study.
+    """The job of this id, or the running (else latest) one of this study; `STUDY.DATASET`, as a study on several datasets is
+    called in alerts and panels, finds the job of the whole.
 
     Raises:
         ClusterError: there is none, or several run.
@@ -146,7 +147,9 @@ def find_job(server: JobServer, name: str) -> Job:
     for job in found:
         if job.id == name:
             return job
-    of_study = [job for job in found if job.metadata.get(STUDY) == name]
+    whole = name
+    while not (of_study := [job for job in found if job.metadata.get(STUDY) == whole]) and "." in whole:
+        whole = whole.rpartition(".")[0]
     if not of_study:
         raise ClusterError(f"no job and no study '{name}' on {server.address}: `medssl jobs` lists them")
     running = [job for job in of_study if not job.is_over]
