@@ -99,18 +99,48 @@ def test_every_alert_fires_when_it_should_and_not_when_it_should_not(tmp_path: P
     assert {test["alertname"] for test in expected if "exp_alerts" in test} == {rule["alert"] for rule in rules()}
 
 
-def test_the_errors_panel_sees_a_process_whose_first_count_is_an_error(tmp_path: Path) -> None:
-    panels = json.loads((DASHBOARDS / "grafana" / "storage.json").read_text())["panels"]
-    shown = next(panel["targets"][0]["expr"] for panel in panels if panel["title"] == "Errors")
-    series = [{"series": f'ray_medssl_store_errors_total{{WorkerId="{worker}"}}', "values": values}
-              for worker, values in (("old", "7x40"), ("new", "_x10 3x30"), ("gone", "_x30 1 stale"))]  # fmt: skip
-    wanted = {5: 0, 12: 3, 20: 0, 32: 1, 38: 0}
-    asked = [{"expr": shown, "eval_time": f"{at}m", "exp_samples": [{"value": value, "labels": "{}"}]}
-             for at, value in wanted.items()]  # fmt: skip
-    tests = [{"interval": "1m", "input_series": series, "promql_expr_test": asked}]
-    (tmp_path / "panel.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": tests}))
-    done = promtool("test", "rules", tmp_path / "panel.yml")
+def evaluated(folder: Path, series: dict[str, str], asked: list[tuple[str, int, float]]) -> None:
+    """Has Prometheus evaluate expressions at minutes: one number each, without labels."""
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    tests = [
+        {"expr": text, "eval_time": f"{at}m", "exp_samples": [{"value": value, "labels": "{}"}]} for text, at, value in asked
+    ]
+    case = {"interval": "1m", "input_series": given, "promql_expr_test": tests}
+    (folder / "panels.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": [case]}))
+    done = promtool("test", "rules", folder / "panels.yml")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def expressions() -> dict[str, str]:
+    """What each panel asks, of all studies."""
+    panels = [panel for path in (DASHBOARDS / "grafana").glob("*.json") for panel in json.loads(path.read_text())["panels"]]
+    return {panel["title"]: target["expr"].replace("$study", ".*") for panel in panels for target in panel["targets"]}
+
+
+def test_the_errors_panel_sees_a_process_whose_first_count_is_an_error(tmp_path: Path) -> None:
+    values = {"old": "7x40", "new": "_x10 3x30", "gone": "_x30 1 stale"}
+    series = {f'ray_medssl_store_errors_total{{WorkerId="{worker}"}}': each for worker, each in values.items()}
+    wanted = {5: 0, 12: 3, 20: 0, 32: 1, 38: 0}
+    evaluated(tmp_path, series, [(expressions()["Errors"], at, value) for at, value in wanted.items()])
+
+
+def test_a_panel_that_falls_back_on_0_shows_what_there_is(tmp_path: Path) -> None:
+    series = {
+        'ray_medssl_running{study="s",arm="a"}': "1x20",
+        'ray_medssl_non_finite_steps_total{study="s",arm="a"}': "2x20",
+        "ray_medssl_store_retries_total": "0+60x20",
+        "ray_medssl_store_errors_total": "_x9 4x11",
+        'ray_medssl_images_set_aside{dataset="d"}': "3x20",
+        'ray_node_gpus_utilization{GpuIndex="0"}': "90x20",
+        'ray_node_gram_used{GpuIndex="0"}': "70x20",
+    }
+    wanted = {
+        "Pretrainings under way": 1, "Steps that were not finite": 2, "Retries a second": 1, "Errors": 4,
+        "Images set aside by ingests": 3, "GPU": 90, "GPU memory": 70,
+    }  # fmt: skip
+    asked = {title: text for title, text in expressions().items() if text.endswith(" or vector(0)")}
+    assert set(asked) == set(wanted)
+    evaluated(tmp_path, series, [(f"sum({text})", 12, wanted[title]) for title, text in asked.items()])
 
 
 def test_provisioning_names_what_is_there() -> None:

@@ -28,6 +28,11 @@ from medssl.store import Store, open_store
 pytestmark = [pytest.mark.acceptance, pytest.mark.ray, pytest.mark.s3]  # ten minutes on a slow machine
 EPOCHS = 40
 ROOT = Path(__file__).resolve().parents[2]
+NONE_OF_IT = {
+    "overview: Steps that were not finite", "storage: Retries a second", "storage: Errors",
+    "storage: Images set aside by ingests", "cluster: GPU", "cluster: GPU memory",
+}  # fmt: skip
+"""Panels with nothing to show of a run that is well, on nodes without GPUs; its images were ingested elsewhere."""
 
 
 @pytest.fixture(scope="module")
@@ -145,19 +150,21 @@ def test_a_study_is_stopped_resubmitted_and_loses_a_node(cluster: Cluster, study
 
 
 def test_every_panel_shows_something_of_that_run(cluster: Cluster) -> None:
-    """Prometheus, which scraped the cluster all along, has data for every expression of the dashboards."""
+    """Prometheus, which scraped the cluster all along, has data for every expression of the dashboards, without the 0 that some
+    fall back on. What such a run has none of, a test of the panels gives them."""
     if cluster.prometheus is None:
         pytest.skip("no prometheus: apt-get install -y --no-install-recommends prometheus")
     asked = {}
     for path in sorted((ROOT / "dashboards" / "grafana").glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel["targets"]:
-                asked[f"{path.stem}: {panel['title']}"] = target["expr"].replace("$study", ".*")
+                shown = target["expr"].replace("$study", ".*").removesuffix(" or vector(0)")
+                asked[f"{path.stem}: {panel['title']}"] = shown
     assert len(asked) > 30
     now = time.time()
     asked_of = {"start": now - 1800, "end": now, "step": 5}
-    shown = {title: prometheus(cluster, "query_range", query=text, **asked_of)["result"] for title, text in asked.items()}
-    assert not [title for title, found in shown.items() if not found]
+    given = {title: prometheus(cluster, "query_range", query=text, **asked_of)["result"] for title, text in asked.items()}
+    assert {title for title, found in given.items() if not found} <= NONE_OF_IT
     rules = prometheus(cluster, "rules")["groups"][0]["rules"]
     assert len(rules) == 7 and {rule["health"] for rule in rules} == {"ok"}
 
