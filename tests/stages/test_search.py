@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.listener import latest_gauges
 
 import medssl
 from medssl.compute import Compute
@@ -148,9 +149,11 @@ def test_a_lost_process_is_replaced(ray_session: Any, store: Store, tmp_path: Pa
         return hill(point)
 
     one = Search(learning_rate=(0.001, 0.01))
-    found = search(logged(tmp_path, dies_once), one, store=store, name="search-f", compute=COMPUTE)
+    with latest_gauges() as told:
+        found = search(logged(tmp_path, dies_once), one, store=store, name="search-f", compute=COMPUTE)
     assert len(found.points) == 2
     assert len(calls(tmp_path)) == 3
+    assert (told["trials_failed"], told["trials_done"], told["trials_running"]) == (1, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +175,10 @@ def test_tasks_fan_out_and_share_what_a_process_has_opened(ray_session: Any, tmp
         (tmp_path / f"task-{task}-{cache['opened']}").touch()
 
     seen: list[tuple[int, int, str]] = []
-    fan_out(work, range(6), compute=COMPUTE, weights=[10, 1, 1, 1, 1, 1], on_progress=lambda *report: seen.append(report))
+    costs, seeds = [10, 1, 1, 1, 1, 1], [35, 1, 1, 1, 1, 1]
+    with latest_gauges() as told:
+        fan_out(work, range(6), compute=COMPUTE, weights=costs, seeds=seeds, on_progress=lambda *report: seen.append(report))
+    assert (told["trials_done"], told["trials_failed"], told["seeds_done"], told["seeds_planned"]) == (6, 0, 40, 40)
     names = sorted(path.name for path in tmp_path.glob("task-*"))
     assert [name.split("-")[1] for name in names] == ["0", "1", "2", "3", "4", "5"]
     assert max(int(name.split("-")[2]) for name in names) > 1

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.listener import latest_gauges
 
-from medssl import telemetry
 from medssl.stages.trials import Watch
-
-
-class Latest:
-    """The last value of each gauge."""
-
-    def __init__(self) -> None:
-        self.value: dict[str, float] = {}
-
-    def gauge(self, name: str, value: float, labels: Mapping[str, str]) -> None:
-        self.value[name] = value
-
-    def count(self, name: str, by: float, labels: Mapping[str, str]) -> None:
-        raise AssertionError(name)
 
 
 @pytest.fixture
 def said() -> Iterator[dict[str, float]]:
-    sink = Latest()
-    telemetry.send_to(sink)
-    yield sink.value
-    telemetry.send_to(None)
+    with latest_gauges() as gauges:
+        yield gauges
 
 
 def trial(number: int) -> Any:
