@@ -64,20 +64,16 @@ def losses(store: Store) -> list[tuple[int, int, float]]:
     return sorted(zip(frame["rank"], frame["step"], frame["loss"], strict=True))
 
 
-@pytest.fixture(scope="module")
-def recipe(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("driver")
-    tiny.ingest(folder / "drawn", str(folder / "lesions"))
-    fields = tiny.pretraining_only(dataset=str(folder / "lesions"))
-    fields["arms"] = [{"name": "random"}, fields["arms"][0] | {"epochs": 10}]
-    return tiny.write(folder / "study.yaml", fields)
+@pytest.fixture
+def recipe(undisturbed: Any) -> Path:
+    path: Path = undisturbed.recipe
+    return path
 
 
-@pytest.fixture(scope="module")
-def calm(ray_session: Any, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    folder = tmp_path_factory.mktemp("calm")
-    tiny.medssl("run", str(recipe), "--store", str(folder))
-    return open_store(str(folder))
+@pytest.fixture
+def calm(undisturbed: Any) -> Store:
+    store: Store = undisturbed.store
+    return store
 
 
 def kill_driver(arguments: list[str], store: Store, step: int, head: int = 0) -> list[psutil.Process]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,12 @@ Both = tuple[Store, list[tuple[str, str]], list[Path]]
 
 
 @pytest.fixture(scope="module")
-def lesions(ray_session: Any, s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """URI of the dataset in the S3 server."""
+def path(undisturbed: Any, s3_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed study's recipe with its dataset in the S3 server."""
     uri = f"s3://lesions-{uuid.uuid4().hex[:8]}/datasets/lesions"
     open_store(uri, create=True)
-    tiny.ingest(tmp_path_factory.mktemp("s3"), uri)
-    return uri
-
-
-@pytest.fixture(scope="module")
-def calm(ray_session: Any, lesions: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Store]:
-    """The recipe and an undisturbed run of it, in a bucket of its own."""
-    fields = tiny.pretraining_only(dataset=lesions)
-    fields["arms"] = [fields["arms"][0] | {"epochs": 8}]
-    path = tiny.write(tmp_path_factory.mktemp("calm") / "study.yaml", fields)
-    store = open_store(f"s3://calm-{uuid.uuid4().hex[:8]}/store", create=True)
-    tiny.medssl("run", str(path), "--store", store.uri)
-    return path, store
+    tiny.ingest_table(undisturbed.table, uri)
+    return tiny.write(tmp_path_factory.mktemp("s3") / "study.yaml", undisturbed.fields | {"dataset": uri})
 
 
 def losses(store: Store) -> list[tuple[int, int, float]]:
@@ -52,29 +42,42 @@ def pretraining(store: Store) -> str:
 
 
 @pytest.fixture(scope="module")
-def both(calm: tuple[Path, Store]) -> Both:
-    """Two processes with the same command at the same time: their store, what they printed, and the folders of their Rays."""
-    path, _ = calm
+def both(path: Path, _proxy: Any) -> Iterator[Both]:
+    """Two processes with the same command at the same time, on a store with faults: 503s and cut bodies all along, and 20 s away
+    while the workers train. Yields their store, what they printed, and the folders of their Rays."""
     store = open_store(f"s3://both-{uuid.uuid4().hex[:8]}/store", create=True)
     command = tiny.command("run", str(path), "--store", store.uri, "--json")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     before = set(ray_sessions())
-    runs = [subprocess.Popen(command, env=tiny.environment(), **pipes) for _ in range(2)]
+    _proxy.clear()
+    _proxy.rates = {"503": 0.05, "cut": 0.05}
+    runs = [subprocess.Popen(command, env=tiny.environment(AWS_ENDPOINT_URL=_proxy.endpoint), **pipes) for _ in range(2)]
+    wait(lambda: any("/checkpoints/step-" in e.key for e in store.list("artifacts/")), "a checkpoint")
+    with _proxy.outage():
+        time.sleep(20)  # the fault itself: a store that is away for 20 seconds
     ends = [run.communicate(timeout=600) for run in runs]
+    _proxy.clear()
     assert [run.returncode for run in runs] == [0, 0], ends
-    return store, ends, [folder for folder in ray_sessions() if folder not in before]
+    yield store, ends, [folder for folder in ray_sessions() if folder not in before]
 
 
 def ray_sessions() -> list[Path]:
     return [folder for folder in Path("/tmp/ray").glob("session_*") if not folder.is_symlink()]
 
 
-def test_two_runs_at_once_make_one_result(calm: tuple[Path, Store], both: Both) -> None:
+def test_two_runs_at_once_make_one_result(undisturbed: Any, both: Both) -> None:
     store, ends, _ = both
     waited = [errors for _, errors in ends if "is being run by" in errors]
     assert len(waited) == 1 and "nothing to do" in waited[0]
     assert ends[0][0] == ends[1][0]
-    assert finished(store) == finished(calm[1]) and losses(store) == losses(calm[1])
+    assert finished(store) == finished(undisturbed.store)
+
+
+def test_faults_and_an_outage_leave_the_result_and_the_training_alone(undisturbed: Any, both: Both) -> None:
+    store, _, _ = both
+    assert losses(store) == losses(undisturbed.store)
+    marker = read_marker(store, pretraining(store))
+    assert marker is not None and marker.facts["resumed_at_step"] == 0, "the training was started anew"
 
 
 def test_a_secret_is_found_nowhere(both: Both) -> None:
@@ -91,27 +94,6 @@ def test_a_secret_is_found_nowhere(both: Both) -> None:
                 assert secret.encode() not in file.read_bytes(), file
 
 
-def test_faults_and_an_outage_leave_the_result_and_the_training_alone(
-    calm: tuple[Path, Store], s3_server: Any, fault_proxy: Any
-) -> None:
-    """503s and cut bodies all along, and 20 s without any store while the workers train."""
-    path, expected = calm
-    store = open_store(f"s3://faults-{uuid.uuid4().hex[:8]}/store", create=True)
-    fault_proxy.rates = {"503": 0.05, "cut": 0.05}
-    run = subprocess.Popen(
-        tiny.command("run", str(path), "--store", store.uri),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=tiny.environment(),
-    )  # fmt: skip
-    wait(lambda: any("/checkpoints/step-" in e.key for e in store.list("artifacts/")), "a checkpoint")
-    with fault_proxy.outage():
-        time.sleep(20)  # the fault itself: a store that is away for 20 seconds
-    printed, _ = run.communicate(timeout=600)
-    assert run.returncode == 0, printed
-    assert finished(store) == finished(expected) and losses(store) == losses(expected)
-    marker = read_marker(store, pretraining(store))
-    assert marker is not None and marker.facts["resumed_at_step"] == 0, "the training was started anew"
-
-
 @pytest.mark.parametrize(
     ("environment", "uri", "words"),
     [
@@ -124,10 +106,9 @@ def test_faults_and_an_outage_leave_the_result_and_the_training_alone(
     ids=["secret", "key", "endpoint", "bucket", "scheme"],
 )  # fmt: skip
 def test_wrong_settings_are_one_clear_line(
-    calm: tuple[Path, Store], environment: dict[str, str], uri: str | None, words: list[str]
+    path: Path, both: Both, environment: dict[str, str], uri: str | None, words: list[str]
 ) -> None:
-    path, store = calm
-    done = tiny.process("run", str(path), "--store", uri or store.uri, check=False, **environment)
+    done = tiny.process("run", str(path), "--store", uri or both[0].uri, check=False, **environment)
     assert done.returncode not in (0, 1)
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()

@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import tiny
 from watched import TRAINING_WORKER, family, most_at_once
 
 from medssl.artifacts import finished
@@ -28,20 +27,11 @@ from medssl.study import Study
 
 pytestmark = pytest.mark.ray
 
-EPOCHS = 8
 
-
-@pytest.fixture(scope="module")
-def dataset(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("loss")
-    tiny.ingest(folder / "drawn", str(folder / "lesions"))
-    return str(folder / "lesions")
-
-
-def recipe(dataset: str, workers: int, **changes: Any) -> dict[str, Any]:
-    compute = {"workers": workers, "checkpoint_every_steps": 2, "concurrent_trials": 1}
-    fields = tiny.pretraining_only(dataset=dataset, compute=compute)
-    fields["arms"] = [fields["arms"][0] | {"epochs": EPOCHS} | changes]
+def recipe(undisturbed: Any, workers: int, **changes: Any) -> dict[str, Any]:
+    """The undisturbed study's pretraining with so many workers."""
+    fields = undisturbed.fields | {"compute": undisturbed.fields["compute"] | {"workers": workers}}
+    fields["arms"] = [undisturbed.fields["arms"][1] | changes]
     return fields
 
 
@@ -51,9 +41,12 @@ def pretrain(fields: dict[str, Any], store: Store) -> None:
         Runner(Study(load(fields), store), stack, None).encoders()
 
 
+def pretraining(store: Store) -> str:
+    return next(n for n in finished(store) if n.startswith("pretrain-"))
+
+
 def history(store: Store) -> pd.DataFrame:
-    name = next(n for n in finished(store) if n.startswith("pretrain-"))
-    frame = pq.read_table(io.BytesIO(store.read(f"artifacts/{name}/history.parquet"))).to_pandas()
+    frame = pq.read_table(io.BytesIO(store.read(f"artifacts/{pretraining(store)}/history.parquet"))).to_pandas()
     return frame.sort_values(["step", "rank"]).reset_index(drop=True)
 
 
@@ -79,10 +72,12 @@ def once(condition: Callable[[], bool], action: Callable[[], None], seconds: flo
 
 
 @pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.acceptance) for n in (1, 3))])
-def test_losses_equal_the_undisturbed_run(ray_session: None, dataset: str, tmp_path: Path, workers: int) -> None:
-    fields = recipe(dataset, workers)
-    calm, disturbed = (open_store(str(tmp_path / name), create=True) for name in ("calm", "disturbed"))
-    pretrain(fields, calm)
+def test_losses_equal_the_undisturbed_run(undisturbed: Any, tmp_path: Path, workers: int) -> None:
+    fields, calm = recipe(undisturbed, workers), undisturbed.store
+    if workers != undisturbed.fields["compute"]["workers"]:
+        calm = open_store(str(tmp_path / "calm"), create=True)
+        pretrain(fields, calm)
+    disturbed = open_store(str(tmp_path / "disturbed"), create=True)
 
     killed: list[int] = []
 
@@ -94,26 +89,26 @@ def test_losses_equal_the_undisturbed_run(ray_session: None, dataset: str, tmp_p
     watcher = once(lambda: any(step >= 4 for step in checkpoint_steps(disturbed)), kill)
     pretrain(fields, disturbed)
     watcher.join()
-    assert killed, "the training ended before a worker was killed: raise EPOCHS"
+    assert killed, "the training ended before a worker was killed: give it more epochs"
 
     expected, found = history(calm), history(disturbed)
     assert (found.groupby(["rank", "step"]).size() == 1).all()
     assert set(found["rank"]) == set(range(workers))
     for column in ("rank", "step", "loss"):
         assert found[column].tolist() == expected[column].tolist(), column
-    encoders = [s.read(f"artifacts/{next(n for n in finished(s))}/encoder.safetensors") for s in (calm, disturbed)]
+    encoders = [store.read(f"artifacts/{pretraining(store)}/encoder.safetensors") for store in (calm, disturbed)]
     assert encoders[0] == encoders[1]
 
 
 def test_a_loss_that_is_not_finite_stops_once_and_leaves_no_bad_checkpoint(
-    ray_session: None, dataset: str, tmp_path: Path
+    undisturbed: Any, tmp_path: Path
 ) -> None:
     """A learning rate that blows up within a few steps: no retry, the step named, only finite checkpoints kept."""
     from safetensors.numpy import load as load_tensors
 
     store = open_store(str(tmp_path / "store"), create=True)
     optimiser = {"name": "sgd", "learning_rate": 1e12, "momentum": 0.0}
-    fields = recipe(dataset, 2, optimiser=optimiser, schedule={"name": "constant"})
+    fields = recipe(undisturbed, 2, optimiser=optimiser, schedule={"name": "constant"})
     with pytest.raises(NonFiniteLoss) as caught:
         pretrain(fields, store)
     message = str(caught.value)
@@ -127,12 +122,12 @@ def test_a_loss_that_is_not_finite_stops_once_and_leaves_no_bad_checkpoint(
             assert all(np.isfinite(t).all() for t in load_tensors(store.read(entry.key)).values())
 
 
-def test_a_streamed_pretraining_sees_every_step_on_every_rank(ray_session: Any, dataset: str, tmp_path: Path) -> None:
+def test_a_streamed_pretraining_sees_every_step_on_every_rank(ray_session: Any, undisturbed: Any, tmp_path: Path) -> None:
     """feeding: streaming, two ranks; Ray Data reads and decodes the shards anew in each epoch, one at a time where asked."""
     store = open_store(str(tmp_path / "store"), create=True)
-    fields = recipe(dataset, 2, epochs=2) | {"images": {"decode_px": 32, "feeding": "streaming"}}
+    fields = recipe(undisturbed, 2, epochs=2) | {"images": {"decode_px": 32, "feeding": "streaming"}}
     many = tmp_path / "lesions"
-    ingest(Path(dataset).parent / "drawn" / "table.csv", str(many), IngestOptions(shard_rows=5))
+    ingest(undisturbed.table, str(many), IngestOptions(shard_rows=5))
     fields["dataset"] = dataset = str(many)
     fields["compute"]["reading_cpus"], began = 1, time.time()
     pretrain(fields, store)
