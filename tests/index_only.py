@@ -38,8 +38,8 @@ FINDINGS: dict[str, tuple[Sequence[str], int]] = {"chexpert": (CHEXPERT, 223_648
 """The same of those with findings."""
 FURTHER: dict[str, Sequence[str]] = {"cxr": ("covid19", "bacterial")}
 """Findings of those that have classes too."""
-_FEWEST = 1500
-"""Images that are left of a scaled dataset: batches and neighbours ask for hundreds."""
+MOST = 4_000
+"""Images of a dataset with more, by default: what a batch, a draw or the neighbours ask for is there all the same."""
 
 
 def write_index(
@@ -63,20 +63,21 @@ def write_index(
     store.write(CARD, json.dumps(card).encode())
 
 
-def write_public(store: Store, name: str, scale: float = 1.0) -> None:
-    """One of `PUBLIC` or `FINDINGS`, or `isic2019-paper000`, with `scale` times its images, 6 : 1 : 3 in splits."""
+def write_public(store: Store, name: str, most: int = MOST) -> None:
+    """One of `PUBLIC` or `FINDINGS`, or `isic2019-paper000`, of its size or about `most` images, 6 : 1 : 3 in splits."""
     if name == "isic2019-paper000":
-        counts = {**PAPER_000, "val": dict.fromkeys(PAPER_000["train"], 160)}
+        counts = {"train": PAPER_000["train"], "val": dict.fromkeys(PAPER_000["train"], 160), "test": PAPER_000["test"]}
         labels, splits = [], []
         for split, of in counts.items():
+            scale = min(1.0, most / sum(of.values()))
             for label, images in of.items():
-                number = 2 * max(2, round(scale * images / 2))
+                number = 2 * max(1, round(scale * images / 2))
                 labels += [label] * number
                 splits += [split] * number
         write_index(store, labels, splits)
         return
     classes, images = PUBLIC.get(name) or FINDINGS[name]
-    total = max(round(scale * images), min(images, _FEWEST))
+    total = min(images, most)
     pairs = np.arange(total) // 2
     order = ("train",) * 6 + ("val",) + ("test",) * 3
     chosen = [order[pair // len(classes) % 10] for pair in pairs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from tests.index_only import write_index
 
 from medssl.cli import main
 from medssl.store import open_store
+from medssl.study import plan
 
 SPLITS = ["train"] * 24 + ["val"] * 8 + ["test"] * 8
 
@@ -41,3 +43,25 @@ def test_data_that_a_study_cannot_be_made_of(
     said = capsys.readouterr()
     assert words in said.err and said.err.count("\n") == 1 and said.out == ""
     assert {entry.key for entry in store.list()} == before
+
+
+PRETRAINED = {"name": "simclr", "objective": {"name": "simclr", "projector": [8, 8]}, "epochs": 1}
+
+
+def arm_with(batch_size: int, **changes: Any) -> dict[str, Any]:
+    return fields(arms=[{"name": "random"}, PRETRAINED | {"batch_size": batch_size} | changes])
+
+
+@pytest.mark.parametrize(("mix", "images"), [([], 24), ([{"times": 2}], 48), ([{"splits": ["train", "val"]}], 32)])
+def test_a_batch_larger_than_an_epoch_is_refused_before_anything_is_made(
+    mix: list[dict[str, Any]], images: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(tmp_path / "store"), create=True)
+    write_index(store.sub("datasets/squares"), ["a", "a", "b", "b"] * 10, SPLITS)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(arm_with(images + 2, mix=mix)))
+    assert main(["plan", str(path), "--store", store.uri]) == 2
+    said = capsys.readouterr()
+    assert f"arm 'simclr': batch_size {images + 2} is larger than the {images} images that an epoch of" in said.err
+    assert said.err.count("\n") == 1 and said.out == ""
+    assert plan(arm_with(images, mix=mix), store), "a batch of all images is one step"

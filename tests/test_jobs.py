@@ -21,10 +21,10 @@ WEIGHTS = (*RESNET_50, "simclr_r50_1x", "simclr_r50_4x", "simclr_r152_2x")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """All datasets that the recipes name, of a hundredth of their size and without images, and files in place of weights."""
+    """All datasets that the recipes name, without images and the larger ones cut, and files in place of weights."""
     made = open_store(str(tmp_path_factory.mktemp("jobs")), create=True)
     for name in DATASETS:
-        index_only.write_public(made.sub(f"datasets/{name}"), name, 0.01)
+        index_only.write_public(made.sub(f"datasets/{name}"), name)
     for name in WEIGHTS:
         made.write(f"weights/{name}.pth", name.encode())
     return made
@@ -35,27 +35,17 @@ def test_there_are_two_recipes_of_each_paper() -> None:
     assert len(names) == 10 and {f"{name}-small" for name in names if not name.endswith("-small")} <= set(names)
 
 
-def smaller(path: Path) -> list[str]:
-    """Overrides with which a small recipe's label draws fit into a hundredth of its datasets."""
-    if not path.stem.endswith("-small") or "001" in path.stem:
-        return []
-    if "002" in path.stem:
-        return [f"{where}.labels=9" for where in ("repeats", "protocols.fine_tune_all", "protocols.fine_tune_tenth")]
-    return ["repeats.labels=60"]
-
-
 def test_encoders_that_two_datasets_start_from_are_planned_once(store: Store) -> None:
     path = JOBS / "000-further-pretraining-small.yaml"
-    skin, chest = plan_all(path, store, overrides=smaller(path)).values()
+    skin, chest = plan_all(path, store).values()
     assert not [line for line in skin if line.state == "shared"]
     assert {line.label for line in chest if line.state == "shared"} == {"pretrain sl seed 0", "pretrain ssl seed 0"}
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
 def test_it_is_planned_with_its_cost(path: Path, store: Store) -> None:
-    small = smaller(path)
-    plans = plan_all(path, store, overrides=small)
-    for recipe in load_all(path, small).recipes.values():
+    plans = plan_all(path, store)
+    for recipe in load_all(path).recipes.values():
         lines = plans[recipe.study]
         assert lines[-1].stage == "report" and len(lines[-1].comparisons) == len(recipe.comparisons) > 0
         pretrained = {line.arm for line in lines if line.stage == "pretrain"}

@@ -126,6 +126,8 @@ def _check_pretrainings(study: Study) -> None:
             continue
         if arm.pairs == "bag":
             _check_bags(study, arm)
+        else:
+            _check_batch(study, arm)
         if isinstance(arm.objective, SupervisedParams):
             _check_labels(study, arm)
         if arm.further.trained != "all" or arm.encoder_parts > 1 or arm.surgery is not None or arm.views.small_crops:
@@ -135,6 +137,18 @@ def _check_pretrainings(study: Study) -> None:
                 check_plan(study.specs.plan(arm, 0))
             except RecipeError as error:
                 raise RecipeError(f"arm '{arm.name}': {error}") from None
+
+
+def _check_batch(study: Study, arm: Arm) -> None:
+    """An epoch shows as many images as a step takes, or more: the last, incomplete batch is dropped."""
+    parts = study.specs.mix(arm)
+    images = sum(part.times * len(part.rows) for part in parts)
+    if images < arm.batch_size:
+        shown = " and ".join(part.dataset or study.dataset.uri for part in parts)
+        raise RecipeError(
+            f"arm '{arm.name}': batch_size {arm.batch_size} is larger than the {images} images that an epoch of {shown} shows: "
+            f"use {images} or less, or show each more often (times in mix or pretraining_mix)"
+        )
 
 
 def _check_labels(study: Study, arm: Arm) -> None:
