@@ -88,6 +88,24 @@ def test_warmup_cosine_without_warmup_starts_at_the_peak() -> None:
     assert warmup_cosine(5, 10, 0, 0.0) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("per_epoch", [1, 4, 5000])
+def test_a_warmup_in_steps_is_the_same_whatever_an_epoch_has(per_epoch: int) -> None:
+    schedule = ScheduleParams(warmup_steps=977, final_factor=0.0)
+    for step in (0, 1, 488, 976):
+        assert scheduled(schedule, step, 97_656, per_epoch).factor == pytest.approx(step / 977)
+    for step in (977, 49_316, 97_655):
+        down = 0.5 * (1 + math.cos(math.pi * (step - 977) / (97_656 - 977)))
+        assert scheduled(schedule, step, 97_656, per_epoch).factor == pytest.approx(down)
+
+
+def test_a_warmup_is_in_epochs_or_in_steps_and_schedules_in_epochs_keep_their_names() -> None:
+    with pytest.raises(ValidationError, match="warmup_epochs is 10.0 and warmup_steps 977: give one of them"):
+        ScheduleParams(warmup_epochs=10, warmup_steps=977)
+    assert "warmup_steps" not in ScheduleParams(warmup_epochs=10).canonical()
+    given = ScheduleParams(warmup_steps=977)
+    assert given.canonical()["warmup_steps"] == 977 and ScheduleParams.model_validate(given.canonical()) == given
+
+
 def test_one_cycle() -> None:
     values = [one_cycle(step, 100, 0.25, 0.95, 0.85) for step in range(100)]
     factors, momenta = zip(*values, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
 from medssl.params import Params
@@ -44,7 +44,9 @@ class ScheduleParams(Params):
     """one_cycle: start at peak/25, up over `warmup_share`, down to peak/1e5, momentum inverse. step: times `step_factor` after
     every `step_epochs`."""
     warmup_epochs: float = Field(0.0, ge=0)
-    """Linear warm-up of warmup_cosine."""
+    """Linear warm-up of warmup_cosine, in passes over the images."""
+    warmup_steps: int | None = Field(None, ge=1)
+    """The same in steps, in place of warmup_epochs: where a paper's epoch is no pass over the images."""
     warmup_share: float = Field(0.25, ge=0, lt=1)
     """Share of one_cycle's steps that go up."""
     final_factor: float = Field(0.001, ge=0, le=1)
@@ -62,7 +64,15 @@ class ScheduleParams(Params):
     def _check(self) -> ScheduleParams:
         if self.momentum_low > self.momentum_high:
             raise ValueError(f"momentum_low {self.momentum_low} is above momentum_high {self.momentum_high}")
+        if self.warmup_steps is not None and self.warmup_epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs} and warmup_steps {self.warmup_steps}: give one of them")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A schedule in epochs is named as it was before there were steps."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "warmup_steps" or value is not None}
 
 
 class LARS(torch.optim.Optimizer):
@@ -185,7 +195,7 @@ def scheduled(params: ScheduleParams, step: int, total_steps: int, steps_per_epo
     if params.name == "one_cycle":
         return Rate(*one_cycle(step, total_steps, params.warmup_share, params.momentum_high, params.momentum_low))
     if params.name == "warmup_cosine":
-        warmup_steps = params.warmup_epochs * steps_per_epoch
+        warmup_steps = params.warmup_steps or params.warmup_epochs * steps_per_epoch
         return Rate(warmup_cosine(step, total_steps, warmup_steps, params.final_factor), None)
     if params.name == "step":
         return Rate(params.step_factor ** int(step // (params.step_epochs * steps_per_epoch)), None)
