@@ -68,6 +68,22 @@ def test_a_table_of_means_and_standard_deviations() -> None:
     assert [column.title for column in found.columns[:2]] == ["Initial", "Further"]
 
 
+def test_a_rows_protocol_takes_the_place_of_its_columns() -> None:
+    away = "probe on away"  # any other name of a protocol
+    columns = [ACCURACY | {"value": "mean"}, ACCURACY | {"value": "std"}]
+    rows = [{"cells": ["40 epochs"], "arm": "sl"}, {"cells": ["80 epochs"], "arm": "sl", "protocol": away}]
+    found = table({"heads": ["Training time"], "columns": columns, "rows": rows}).rows
+    for line, scores in zip(found, (of("sl"), of("sl", protocol=away)), strict=True):
+        assert line[1:] == [f"{scores.mean():.3f}", f"{scores.std(ddof=1):.3f}"]
+
+
+def test_a_row_without_a_protocol_is_named_as_before() -> None:
+    row = load(fields(tables=[GOOD])).tables[0].rows[0]
+    assert "protocol" not in row.canonical()
+    own = load(fields(tables=[GOOD | {"rows": [ROWS[0] | {"protocol": "tune"}]}])).tables[0].rows[0]
+    assert own.canonical()["protocol"] == "tune"
+
+
 def test_tests_and_differences_of_two_arms() -> None:
     columns = [ACCURACY | {"value": "welch_p"}, ACCURACY | {"value": "difference", "percent": True, "decimals": 1}]
     rows = [
@@ -117,6 +133,7 @@ def fields(**changes: Any) -> dict[str, Any]:
 
 COLUMN = {"title": "x", "protocol": "probe", "metric": "balanced_accuracy"}
 ROWS = [{"cells": ["x"], "arm": "random"}]
+BARE: dict[str, Any] = {"heads": [], "columns": [], "rows": []}
 GOOD = {"title": "T", "heads": ["a"], "columns": [COLUMN], "rows": ROWS}
 
 
@@ -124,6 +141,7 @@ GOOD = {"title": "T", "heads": ["a"], "columns": [COLUMN], "rows": ROWS}
     ("changes", "words"),
     [
         ({"rows": [{"cells": ["x"], "arm": "randon"}]}, r"names arm 'randon': .*random"),
+        ({"rows": [{"cells": ["x"], "arm": "random", "protocol": "prob"}]}, "names protocol 'prob': .*probe"),
         ({"rows": [{"cells": ["x", "y"], "arm": "random"}]}, "needs a cell for each of 1 heads"),
         ({"rows": []}, "give columns and rows"),
         ({"columns": [COLUMN | {"protocol": "prob"}]}, "names protocol 'prob'"),
@@ -132,6 +150,7 @@ GOOD = {"title": "T", "heads": ["a"], "columns": [COLUMN], "rows": ROWS}
         ({"columns": [COLUMN | {"value": "welch_p"}]}, "give it `than`"),
         ({"rows": [{"cells": ["x"], "arm": "random", "matrix": {"n": []}}]}, "tables.0.rows.0.matrix"),
         ({"class_report": {"cells": ["x"], "arm": "random"}, "protocol": "probe"}, "and no heads, columns or rows"),
+        ({"class_report": ROWS[0] | {"protocol": "tune"}, **BARE, "protocol": "probe"}, "of a class report stands beside it"),
     ],
 )
 def test_tables_that_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -7,9 +7,9 @@ and what is shown of it). A figure has a line for each of some arms over points 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medssl.errors import nearest
 from medssl.params import Params
@@ -30,7 +30,7 @@ class FormColumn(Params):
     unit: str = ""
     """Below the head."""
     protocol: str
-    """Whose scores."""
+    """Whose scores, where the row names no other."""
     shifted: str | None = None
     """Shifted set that they are on; null is the study's own evaluation split."""
     dataset: str | None = None
@@ -55,8 +55,16 @@ class FormRow(Params):
     """Whose scores it shows."""
     than: str | None = None
     """Second arm, of columns that compare two."""
+    protocol: str | None = None
+    """Whose scores the row shows, in place of its columns' protocols: where rows differ in protocol and not in arm."""
     alternative: Literal["greater", "two-sided"] = "greater"
     """Of Welch's test: whether `arm` scores higher, or another score."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A row under its columns' protocols leaves reports the names that they had before rows had one."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "protocol" or value is not None}
 
 
 class TableForm(Params):
@@ -80,6 +88,8 @@ class TableForm(Params):
         if self.class_report is not None:
             if self.columns or self.rows or self.heads or self.protocol is None or self.class_report.arm is None:
                 raise ValueError(f"table '{self.title}': a class report has an arm and a protocol, and no heads, columns or rows")
+            if self.class_report.protocol is not None:
+                raise ValueError(f"table '{self.title}': the protocol of a class report stands beside it, not in it")
             return self
         if not self.columns or not self.rows or self.protocol is not None:
             raise ValueError(f"table '{self.title}': give columns and rows (protocol stands in the columns)")
@@ -172,7 +182,6 @@ def check_forms(recipe: Recipe) -> None:
             raise ValueError(f"figure '{figure.title}' has panels, which are datasets: put it under together")
 
 
-
 class _Checker:
     """Looks names up in a recipe."""
 
@@ -200,6 +209,7 @@ class _Checker:
         for row in (*table.rows, *([table.class_report] if table.class_report else [])):
             self._check(where, "arm", row.arm)
             self._check(where, "arm", row.than)
+            self._check(where, "protocol", row.protocol)
 
     def figure(self, figure: FigureForm) -> None:
         """Arm, protocol and shifted set of each point of each line."""

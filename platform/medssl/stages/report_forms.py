@@ -36,7 +36,7 @@ def _table(data: ReportData, form: TableForm) -> Table:
 
 
 def _value(data: ReportData, row: FormRow, column: FormColumn) -> str:
-    protocol = judged_as(column.protocol, column.shifted)
+    protocol = judged_as(row.protocol or column.protocol, column.shifted)
     mine = _runs(data, str(row.arm), protocol, column.metric, column.dataset)
     if column.value in OF_TWO:
         return _of_two(mine, _runs(data, str(row.than), protocol, column.metric, column.dataset), row, column)
