@@ -99,7 +99,7 @@ def test_a_warmup_in_steps_is_the_same_whatever_an_epoch_has(per_epoch: int) -> 
 
 
 def test_a_warmup_is_in_epochs_or_in_steps_and_schedules_in_epochs_keep_their_names() -> None:
-    with pytest.raises(ValidationError, match="warmup_epochs is 10.0 and warmup_steps 977: give one of them"):
+    with pytest.raises(ValidationError, match=r"warmup_epochs is 10\.0 and warmup_steps 977: give one of them"):
         ScheduleParams(warmup_epochs=10, warmup_steps=977)
     assert "warmup_steps" not in ScheduleParams(warmup_epochs=10).canonical()
     given = ScheduleParams(warmup_steps=977)

@@ -74,7 +74,7 @@ def test_what_is_refused() -> None:
         recompute_published(rows, [PublishedTest("a", "b", "greater", 0)])
 
 
-def recipe(**changes: Any) -> Recipe:
+def recipe(study: dict[str, Any] | None = None, /, **changes: Any) -> Recipe:
     """A study that shows the accuracies of Table 4, two of whose rows it has an arm for."""
     tests = [
         {"first": first, "second": second, "alternative": alternative, "p": f"< {p}" if bound else p}
@@ -85,7 +85,7 @@ def recipe(**changes: Any) -> Recipe:
         "rows": {name: numbers[:2] for name, numbers in TABLE_4.items()}, "arms": {"SSL": "barlow"}, "tests": tests,
     }  # fmt: skip
     fields = {"study": "s", "dataset": "d", "arms": [{"name": "barlow"}], "protocols": [{"name": "tune", "kind": "fine_tune"}]}
-    return Recipe.model_validate(fields | {"published": [table | changes]})
+    return Recipe.model_validate(fields | (study or {}) | {"published": [table | changes]})
 
 
 def test_the_report_prints_welch_beside_the_papers_p() -> None:
@@ -103,6 +103,22 @@ def test_the_report_prints_welch_beside_the_papers_p() -> None:
     assert "does not give the printed p for SL+SSL and SL, SL+SSL and SL+SSL_p" in text
 
 
+def test_means_without_a_standard_deviation_and_rows_of_several_protocols() -> None:
+    """As papers 001 and 002 print them, and table 5 of paper 000."""
+    protocols = [{"name": name, "kind": "fine_tune"} for name in ("tune", "tune_80")]
+    rows = {"SL": 0.657, "40 epochs": [0.35802, 0.01834], "80 epochs": [0.36460, 0.02142]}
+    arms = {"SL": "barlow", "40 epochs": "barlow", "80 epochs": "barlow"}
+    named = {"SL": "tune", "40 epochs": "tune", "80 epochs": "tune_80"}
+    study = recipe({"protocols": protocols}, rows=rows, arms=arms, protocol=named, runs=None, tests=[])
+    scores = [{"arm": "barlow", "protocol": "tune", "mean": 0.5}, {"arm": "barlow", "protocol": "tune_80", "mean": 0.6}]
+    summary = pd.DataFrame([each | {"metric": "accuracy", "std": 0.02, "n": 5} for each in scores])
+    text = render(ReportData("s", summary=summary, published=published_tables(study)))["report.md"].decode()
+    assert "| SL | 0.657 | barlow | 0.500 ± 0.020 |" in text
+    assert "| 40 epochs | 0.358 ± 0.018 | barlow | 0.500 ± 0.020 |" in text
+    assert "| 80 epochs | 0.365 ± 0.021 | barlow | 0.600 ± 0.020 |" in text
+    assert "prints it, beside this study's." in text and "runs" not in text.split("prints it,")[1].split("\n")[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -110,6 +126,12 @@ def test_the_report_prints_welch_beside_the_papers_p() -> None:
         ({"arms": {"SSL": "barlo"}}, "names arm 'barlo': did you mean 'barlow'"),
         ({"protocol": None}, "protocol has to say whose scores"),
         ({"protocol": "tuned"}, "names protocol 'tuned': did you mean 'tune'"),
+        ({"protocol": {"SL": "tune"}}, "protocol has to say whose scores row 'SSL' shows"),
+        ({"protocol": {"SSL": "tuned"}}, "names protocol 'tuned': did you mean 'tune'"),
+        ({"protocol": {"SSL": "tune", "SSLL": "tune"}}, "no row is named 'SSLL'"),
+        ({"runs": None}, "tests are of means over several runs: give runs"),
+        ({"runs": 1}, "tests are of means over several runs: give runs"),
+        ({"rows": {name: row[:2] for name, row in TABLE_4.items()} | {"SL": 0.657}}, "row 'SL' has no standard deviation"),
         ({"metric": "acuracy"}, "unknown metric 'acuracy'"),
         ({"tests": [{"first": "SSL", "second": "SL", "p": "below 0.1"}]}, "write a value as 0.05 or a bound"),
     ],

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from medssl.params import Params
-from medssl.statistics import PublishedTest
+from medssl.statistics import PublishedTest, RecomputedTest, recompute_published
 
 _BOUND = re.compile(r"^<\s*([0-9.]+(?:e[-+]?[0-9]+)?)$", re.IGNORECASE)
 
@@ -42,29 +42,53 @@ class PublishedTestParams(Params):
 
 
 class PublishedParams(Params):
-    """A table of a paper: means and standard deviations by row, and tests of them."""
+    """A table of a paper: means by row, standard deviations where it prints them, and tests of them."""
 
     source: str
     """Where it is printed: `paper 000, tables 4 and 13`."""
     metric: str
     """Metric of the scores, by its name in a study."""
-    runs: int = Field(ge=2)
-    """Runs that each mean is over."""
-    rows: dict[str, tuple[float, Annotated[float, Field(ge=0)]]] = Field(min_length=1)
-    """Mean and standard deviation by the row's name."""
+    runs: int | None = Field(None, ge=1)
+    """Runs that each mean is over; null where the paper doesn't say."""
+    rows: dict[str, tuple[float, Annotated[float, Field(ge=0)]] | float] = Field(min_length=1)
+    """Mean and standard deviation by the row's name, or the mean alone."""
     arms: dict[str, str] = Field(default_factory=dict)
     """The study's arm that stands for a row."""
-    protocol: str | None = None
-    """The study's protocol that the scores of these arms are taken from; needed with `arms`."""
+    protocol: str | dict[str, str] | None = None
+    """The study's protocol that the scores of these arms are taken from, or by row where they differ; needed with `arms`."""
     tests: tuple[PublishedTestParams, ...] = ()
     """Printed p values."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PublishedParams:
-        named = [name for test in self.tests for name in (test.first, test.second)]
-        missing = next((name for name in (*named, *self.arms) if name not in self.rows), None)
+        tested = [name for test in self.tests for name in (test.first, test.second)]
+        judged = self.protocol if isinstance(self.protocol, dict) else {}
+        missing = next((name for name in (*tested, *self.arms, *judged) if name not in self.rows), None)
         if missing is not None:
             raise ValueError(f"{self.source}: no row is named '{missing}': choose from {', '.join(self.rows)}")
         if self.arms and self.protocol is None:
             raise ValueError(f"{self.source}: arms stand for rows, so protocol has to say whose scores are shown")
+        unsaid = next((name for name in self.arms if self.protocol_of(name) is None), None)
+        if unsaid is not None:
+            raise ValueError(f"{self.source}: protocol has to say whose scores row '{unsaid}' shows")
+        if self.tests and (self.runs or 1) < 2:
+            raise ValueError(f"{self.source}: tests are of means over several runs: give runs")
+        single = next((name for name in tested if self.scores[name][1] is None), None)
+        if single is not None:
+            raise ValueError(f"{self.source}: row '{single}' has no standard deviation, so there is no test of it")
         return self
+
+    def protocol_of(self, row: str) -> str | None:
+        """The protocol that a row's scores are shown of."""
+        return self.protocol.get(row) if isinstance(self.protocol, dict) else self.protocol
+
+    @property
+    def scores(self) -> dict[str, tuple[float, float | None]]:
+        """Mean and standard deviation by row; None where none is printed."""
+        return {name: (row, None) if isinstance(row, float) else row for name, row in self.rows.items()}
+
+    @property
+    def recomputed(self) -> list[RecomputedTest]:
+        """Welch's tests of the printed means."""
+        means = {name: (mean, std, self.runs) for name, (mean, std) in self.scores.items() if std is not None and self.runs}
+        return recompute_published(means, [test.printed for test in self.tests])

@@ -218,9 +218,11 @@ class Recipe(Params):
             unknown = next((arm for arm in table.arms.values() if arm not in arms), None)
             if unknown is not None:
                 raise ValueError(f"published table of {table.source} names arm '{unknown}': {nearest(unknown, arms)}")
-            if table.protocol is not None and table.protocol not in protocols:
-                near = nearest(table.protocol, protocols)
-                raise ValueError(f"published table of {table.source} names protocol '{table.protocol}': {near}")
+            named = table.protocol.values() if isinstance(table.protocol, dict) else filter(None, [table.protocol])
+            absent = next((name for name in named if name not in protocols), None)
+            if absent is not None:
+                near = nearest(absent, protocols)
+                raise ValueError(f"published table of {table.source} names protocol '{absent}': {near}")
 
     def _check_shifted(self) -> None:
         if any(each.dataset == self.dataset for each in self.shifted):

@@ -50,7 +50,7 @@ def whole() -> ReportData:
         summary=_summary_frame(runs), scores=_scores_frame(runs),
         embeddings={"random": EmbeddingMap(rng.normal(size=(300, 2)), rng.integers(0, 3, 300), ["bcc", "mel", "nv"])},
         mistakes={"random": [Mistake(f"image-with-a-long-name-{n:020d}", "mel", "nv", 0.9, png()) for n in range(8)]},
-        published=[PublishedFacts("paper 000", "accuracy", 35, rows, {"SSL": "random"}, "probe", tests)],
+        published=[PublishedFacts("paper 000", "accuracy", 35, rows, {"SSL": "random"}, {"SSL": "probe"}, tests)],
         label_curves={"probe": {"probe": 100, "tune": 1000}},
         shifted=pd.DataFrame([away], columns=list(COLUMNS["shifted"])), shifted_notes=["clinic: 2,750 images."],
         tables=[TableForm.model_validate(TABLE)], figures=[FigureForm.model_validate(FIGURE)],

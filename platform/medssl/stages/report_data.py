@@ -200,13 +200,14 @@ class PublishedFacts:
 
     source: str
     metric: str
-    runs: int
-    rows: Mapping[str, tuple[float, float]]
-    """Printed mean and standard deviation."""
+    runs: int | None
+    """Runs of a mean; None where they are not printed."""
+    rows: Mapping[str, tuple[float, float | None]]
+    """Printed mean and standard deviation; None where none is printed."""
     arms: Mapping[str, str]
     """Arm of the study by row, where one stands for it."""
-    protocol: str | None
-    """Whose scores these arms show."""
+    protocols: Mapping[str, str]
+    """Whose scores these arms show, by row."""
     tests: Sequence[RecomputedTest]
 
 

@@ -22,7 +22,6 @@ from medssl.protocols import Protocol
 from medssl.recipe import Recipe
 from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts, PublishedFacts
 from medssl.stages.specs import VALIDATION, Spec, Specs
-from medssl.statistics import recompute_published
 from medssl.store import Store
 from medssl.training.finder import RangeTest
 
@@ -229,10 +228,8 @@ def published_tables(recipe: Recipe) -> list[PublishedFacts]:
     """Tables of papers, with Welch's tests of their means."""
     return [
         PublishedFacts(
-            table.source, table.metric, table.runs, table.rows, table.arms, table.protocol,
-            recompute_published(
-                {name: (*row, table.runs) for name, row in table.rows.items()}, [test.printed for test in table.tests]
-            ),
+            table.source, table.metric, table.runs, table.scores, table.arms,
+            {row: name for row in table.arms if (name := table.protocol_of(row)) is not None}, table.recomputed,
         )
         for table in recipe.published
     ]  # fmt: skip

@@ -30,15 +30,26 @@ def _scores(data: ReportData, facts: PublishedFacts) -> Table:
     summary = complete(data.summary, "summary")
     lines = []
     for name, (mean, std) in facts.rows.items():
-        arm = facts.arms.get(name)
-        mine = summary[(summary["arm"] == arm) & (summary["protocol"] == facts.protocol) & (summary["metric"] == facts.metric)]
+        arm, protocol = facts.arms.get(name), facts.protocols.get(name)
+        mine = summary[(summary["arm"] == arm) & (summary["protocol"] == protocol) & (summary["metric"] == facts.metric)]
         ours = mean_std(mine["mean"].iloc[0], mine["std"].iloc[0]) if len(mine) else NONE
         lines.append([name, mean_std(mean, std), *([arm or NONE, ours] if facts.arms else [])])
-    columns = [Column("row"), Column("printed", "mean ± std", True)]
+    spread = "mean ± std" if any(std is not None for _, std in facts.rows.values()) else "mean"
+    columns = [Column("row"), Column("printed", spread, True)]
     columns += [Column("arm"), Column("this study", "mean ± std", True)] if facts.arms else []
-    what = f"{metric_title(facts.metric)} as {facts.source} prints it, over {facts.runs} runs"
-    beside = f", beside this study's ({title_of(facts.protocol)})" if facts.arms and facts.protocol else ""
-    return Table(f"{what[0].upper()}{what[1:]}{beside}.", columns, lines)
+    over = "" if facts.runs is None else f", over {facts.runs} runs"
+    return Table(f"{_first_up(metric_title(facts.metric))} as {facts.source} prints it{over}{_beside(facts)}.", columns, lines)
+
+
+def _first_up(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
+
+
+def _beside(facts: PublishedFacts) -> str:
+    if not facts.arms:
+        return ""
+    judged = set(facts.protocols.values())
+    return ", beside this study's" + (f" ({title_of(judged.pop())})" if len(judged) == 1 else "")
 
 
 def _tests(facts: PublishedFacts) -> Table | None:
