@@ -16,7 +16,7 @@ JOBS = Path(__file__).resolve().parents[1] / "jobs"
 PAPERS = sorted(JOBS.glob("00?-*.yaml"))
 DATASETS = ("isic2019-paper000", *index_only.PUBLIC, *index_only.FINDINGS)
 RESNET_50 = [f"{method}_resnet50" for method in ("barlow_twins", "simclr", "swav", "byol")]
-WEIGHTS = (*RESNET_50, "simclr_r50_1x", "simclr_r50_4x", "simclr_r152_2x")
+WEIGHTS = (*RESNET_50, "simclr_r50_1x", "simclr_r50_4x", "simclr_r152_2x", "supervised_r152_2x")
 
 
 @pytest.fixture(scope="module")
