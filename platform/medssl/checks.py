@@ -126,10 +126,10 @@ def _check_pretrainings(study: Study) -> None:
             continue
         if arm.pairs == "bag":
             _check_bags(study, arm)
-        else:
-            _check_batch(study, arm)
         if isinstance(arm.objective, SupervisedParams):
             _check_labels(study, arm)
+        if arm.pairs == "image":
+            _check_batch(study, arm)
         if arm.further.trained != "all" or arm.encoder_parts > 1 or arm.surgery is not None or arm.views.small_crops:
             from medssl.training.step import check_plan  # loads the networks' library, which takes seconds
 
