@@ -26,7 +26,7 @@ from medssl.store import Store
 SKIN = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 PUBLIC: dict[str, tuple[Sequence[str], int]] = {
     "padufes20": (("ack", "bcc", "mel", "nev", "scc", "sek"), 2_298), "dermnet": (GROUPS, 19_559),
-    "oral": (("normal", "oscc"), 4_946), "breakhis400": (("benign", "malignant"), 1_820),
+    "oral-paper000": (("normal", "oscc"), 5_192), "breakhis400": (("benign", "malignant"), 1_820),
     "kather2016": (tuple(TISSUES.values()), 5_000), "kermany": (("normal", "pneumonia"), 5_856),
     "patchcamelyon": (("normal", "tumor"), 327_680), "covid-cxr": (("covid19", "other"), 866),
     "brain-mri": (("glioma", "meningioma", "notumor", "pituitary"), 7_023), "busi": (("benign", "malignant", "normal"), 780),
