@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -55,6 +55,47 @@ def test_rays_launcher_takes_it_and_refuses_a_key_too_many(path: Path) -> None:
     validate_config(prepare_config(config))
     with pytest.raises(Exception, match="idle_timeout_minute"):
         validate_config(prepare_config(config | {"idle_timeout_minute": 3}))
+
+
+def programs_of_the_launcher(config: dict[str, Any], source: Path) -> str:
+    """What Ray's launcher runs to bring a file to a node of this cluster and into its container."""
+    from ray.autoscaler._private.command_runner import DockerCommandRunner
+
+    class Recorded(DockerCommandRunner):
+        def _check_container_status(self) -> bool:
+            return True
+
+    class Processes:  # in place of the module subprocess: there is neither node nor container here
+        ran: ClassVar[list[str]] = []
+
+        def check_call(self, command: list[str], **options: object) -> int:
+            self.ran.append(" ".join(command))
+            return 0
+
+        check_output = check_call
+
+    class Provider:
+        def internal_ip(self, node: str) -> str:
+            return "10.0.0.2"
+
+    runner = Recorded(
+        config["docker"], log_prefix="", node_id="node", provider=Provider(), auth_config=config["auth"],
+        cluster_name=config["cluster_name"], process_runner=Processes(), use_internal_ip=True,
+    )  # fmt: skip
+    runner.run_rsync_up(str(source), "/home/ray/.ray/auth_token")
+    return "\n".join(Processes.ran)
+
+
+@pytest.mark.parametrize("path", LAUNCHER, ids=lambda path: path.name)
+def test_the_image_has_the_programs_that_rays_launcher_runs(path: Path, tmp_path: Path) -> None:
+    """The head's container starts the workers over ssh and rsync, and every container is given files by rsync."""
+    config = documents(path)[0]
+    (tmp_path / "token").write_text("x")
+    ran = programs_of_the_launcher(config, tmp_path / "token")
+    assert {line.split()[0] for line in ran.splitlines()} == {"ssh", "rsync"}
+    assert re.search(r"rsync -e \S*docker exec -i\S* -avz \S+ medssl:", ran), "a file goes on into the container"
+    (installed,) = re.findall(r"apt-get install -y --no-install-recommends ([\w -]+)", (CLUSTER / "Dockerfile").read_text())
+    assert {"rsync", "openssh-client"} <= set(installed.split()) and config["docker"]["image"].startswith("REGISTRY/medssl:")
 
 
 def test_kuberays_schemas_take_the_manifests(shared_data: Path, tmp_path: Path) -> None:
