@@ -121,6 +121,21 @@ def test_kubernetes_takes_the_other_kinds() -> None:
         kubernetes_validate.validate(others[0] | {"autmountServiceAccountToken": False}, "1.30", strict=True)
 
 
+def applied(path: Path) -> list[list[str]]:
+    """The words of every `kubectl apply` in a file, as a shell makes them."""
+    lines = re.sub(r"\\\n#? *", " ", path.read_text()).splitlines()
+    commands = [re.split(r"`", line[line.index("kubectl apply") :])[0] for line in lines if "kubectl apply" in line]
+    said = [subprocess.run(["bash", "-c", f"printf '%s\\n' {c}"], capture_output=True, text=True, check=True) for c in commands]
+    return [done.stdout.splitlines()[2:] for done in said]
+
+
+def test_documented_kubectl_commands_name_files_each_behind_its_own_f() -> None:
+    found = {path.name: applied(path) for path in [*KUBERAY, CLUSTER / "README.md"]}
+    assert [name for name, commands in found.items() if commands] == ["raycluster.yaml", "rayjob.yaml", "README.md"]
+    for words in (words for commands in found.values() for words in commands):
+        assert words and set(words[::2]) == {"-f"} and all((ROOT / name).is_file() for name in words[1::2]), words
+
+
 def test_the_slurm_script_is_a_script() -> None:
     script = CLUSTER / "slurm.sh"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
