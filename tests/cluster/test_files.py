@@ -184,6 +184,31 @@ def test_every_cluster_asks_for_a_token() -> None:
     assert "export RAY_AUTH_MODE=token" in (CLUSTER / "slurm.sh").read_text()
 
 
+def labels_of_pods(value: Any) -> list[dict[str, str]]:
+    """The labels that a document's own pod templates give."""
+    if isinstance(value, list):
+        return [labels for item in value for labels in labels_of_pods(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["metadata"]["labels"]] if "containers" in value.get("spec", {}) else []
+    return own + [labels for item in value.values() for labels in labels_of_pods(item)]
+
+
+def test_the_network_policy_is_of_every_ray_pod() -> None:
+    """A RayJob's cluster has a name that KubeRay makes up: only the labels in our files are known."""
+    policy = documents(CLUSTER / "kuberay" / "network-policy.yaml")[0]["spec"]
+    chosen = policy["podSelector"]["matchLabels"]
+    assert policy["ingress"][0]["from"] == [{"podSelector": {"matchLabels": chosen}}], "the nodes reach each other"
+    for name, count in (("raycluster", 3), ("rayjob", 2)):
+        path = CLUSTER / "kuberay" / f"{name}.yaml"
+        found = labels_of_pods(documents(path))
+        assert len(found) == count and all(chosen.items() <= labels.items() for labels in found), name
+        (words,) = applied(path)
+        assert "cluster/kuberay/network-policy.yaml" in words, name
+    redis = labels_of_pods(documents(CLUSTER / "kuberay" / "redis.yaml"))
+    assert not any(chosen.items() <= labels.items() for labels in redis), "it has a policy of its own"
+
+
 def test_pods_run_without_rights() -> None:
     found = [pod for path in KUBERAY for document in documents(path) for pod in pods(document)]
     assert len(found) == 3 + 2 + 1
