@@ -135,9 +135,24 @@ def test_the_token_is_where_rays_tools_look(tmp_path: Path, monkeypatch: pytest.
     assert read_token() == "of-variable"
 
 
-@pytest.mark.parametrize(
-    "name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN", "WANDB_API_KEY", "DB_PASSWORD", "my_credentials"]
-)
+LIKE_SECRETS = """
+AWS_SECRET_ACCESS_KEY AWS_ACCESS_KEY_ID AWS_SESSION_TOKEN WANDB_API_KEY DB_PASSWORD my_credentials APIKEY OPENAI_APIKEY
+OPENAI_APIKEYS AZURE_STORAGE_ACCOUNTKEY SSHKEY PGPASS DB_PASS DB_PASS2 GPG_PASSPHRASE passcode GITHUB_PAT MINIO_ROOT_PW ROOTPW
+MYSQL_PWD HTTP_AUTHORIZATION NPM_AUTH SENTRY_DSN AZURE_STORAGE_CONNECTION_STRING MY_JWT STORE_CREDS WIFI_PSK
+"""
+ORDINARY = """
+PATH PYTHONPATH LD_LIBRARY_PATH PWD OLDPWD KEYBOARD KEYBOARD_LAYOUT XKB_KEYMAP MONKEY TURKEY_SITE COMPASS ENCOMPASS BYPASS_CACHE
+PASSIVE_FTP PASSES PATIENCE PATTERN GIT_AUTHOR_NAME TOKENIZERS_PARALLELISM OMP_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG
+HTTPS_PROXY AWS_PROFILE MEDSSL_CACHE TZ SEED HPW2
+"""
+
+
+@pytest.mark.parametrize("name", ORDINARY.split())
+def test_ordinary_variables_are_taken(name: str) -> None:
+    assert _variables([f"{name}=1"])[name] == "1"
+
+
+@pytest.mark.parametrize("name", LIKE_SECRETS.split())
 def test_variables_that_look_like_secrets_are_refused(name: str) -> None:
     with pytest.raises(RecipeError) as caught:
         _variables([f"{name}={CANARY}"])

@@ -40,7 +40,18 @@ PASSED_ON = (
     "AWS_RESPONSE_CHECKSUM_VALIDATION", "MEDSSL_STORE_DEADLINE_SECONDS", "RAY_USAGE_STATS_ENABLED",
 )  # fmt: skip
 """Settings of the submitter's environment that go with a job: where the store is, nothing that opens it."""
-_SECRET = re.compile(r"(?i)secret|token|passw|credential|private|auth|(^|_)key(_|$)")
+_SECRET = re.compile(
+    r"""(?ix) secret | credential | private | connection_?string
+    | token(?!i[sz])                                   # but TOKENIZERS_PARALLELISM
+    | auth(?!or(_|s?$))                                # but GIT_AUTHOR_NAME
+    | pass(w|phrase|code)
+    | (?<!com)(?<!by)(?<!tres) pass\d*(_|$)            # PGPASS, DB_PASS; but COMPASS, BYPASS_CACHE
+    | (?<!^)(?<!old) pwd(_|$)                          # MYSQL_PWD; but PWD, the folder one is in
+    | pw(_|$)
+    | ((^|_)|api|access|account|storage|service|master|ssh|gpg|rsa|aes|sign(ing)?|encryption|licen[cs]e) keys?\d*(_|$)
+    | (^|_)(pat|creds?|dsn|jwt|psk|sas|bearer|cookie|netrc)(_|$)
+    """
+)
 _RECONNECT_SECONDS = 300.0
 
 
