@@ -220,8 +220,8 @@ def test_a_study_on_one_of_several_datasets_is_found_by_the_name_it_has_in_alert
 
 def test_the_number_of_a_job_is_one_that_none_has_had(other: tuple[str, list[str]]) -> None:
     """Jobs that were deleted leave gaps: a count would give the number of one that is there."""
-    server = JobServer(other[0])
-    assert _job_id(server, "c", "1f") == "c-1f-10" and _job_id(server, "c", "2e") == "c-2e-1"
+    jobs = JobServer(other[0]).jobs()
+    assert _job_id(jobs, "c", "1f") == "c-1f-10" and _job_id(jobs, "c", "2e") == "c-2e-1"
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def submit(
         tell(f"the store {store} is a folder: it must be the same one on every node of the cluster")
     digest = digest_json({name: each.canonical() for name, each in family.recipes.items()})
     name = family.name
-    running = _running(server.jobs(), name, store)
+    jobs = server.jobs()  # once: a job that comes after it has the number that this one chooses, and is found by it
+    running = _running(jobs, name, store)
     if running is None:
         _check_resources(family, server.resources())
     if running is not None:
@@ -115,7 +116,7 @@ def submit(
     command += [word for override in overrides for word in ("--set", override)]
     with tempfile.TemporaryDirectory(prefix="medssl-job-") as folder:
         _pack(Path(folder), Path(recipe), include)
-        job = _job_id(server, name, digest_json([digest, store]))
+        job = _job_id(jobs, name, digest_json([digest, store]))
         return _send(server, job, shlex.join(command), Path(folder), settings, metadata)
 
 
@@ -277,10 +278,10 @@ def _pack(folder: Path, recipe: Path, include: Sequence[str]) -> None:
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
 
 
-def _job_id(server: JobServer, study: str, digest: str) -> str:
+def _job_id(jobs: Sequence[Job], study: str, digest: str) -> str:
     """`<study>-<recipe and store>-<number>`: two who submit at once choose the same, and one is told that it is taken."""
     stem = f"{study}-{digest[:8]}"
-    numbers = [job.id.removeprefix(f"{stem}-") for job in server.jobs() if job.id.startswith(f"{stem}-")]
+    numbers = [job.id.removeprefix(f"{stem}-") for job in jobs if job.id.startswith(f"{stem}-")]
     return f"{stem}-{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
 
 

@@ -1,0 +1,103 @@
+"""A submission through Ray's own client, to a server that speaks as a cluster's job server does: what is sent, and when not."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from medssl.job_server import JobServer
+from medssl.submit import Submitted, submit
+
+STORE = "s3://bucket/lab"
+
+
+class Cluster:
+    """What the server was sent, and what it answers."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.jobs: list[dict[str, Any]] = []
+        self.packages: dict[str, bytes] = {}
+        self.between: list[dict[str, Any]] = []
+        """Jobs that come just after the first listing."""
+
+    def files(self) -> set[str]:
+        """Names in the working directory of the last job."""
+        name = self.jobs[-1]["runtime_env"]["working_dir"].rpartition("/")[2]
+        return {each for each in zipfile.ZipFile(io.BytesIO(self.packages[name])).namelist() if not each.endswith("/")}
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        if path == "/api/version":
+            return 200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "x"}
+        if path.startswith("/api/v0/nodes"):
+            return 200, {"data": {"result": {"result": [{"state": "ALIVE", "resources_total": {"CPU": 64, "GPU": 8}}]}}}
+        if path.startswith("/api/packages/"):
+            name = path.rpartition("/")[2]
+            if method == "PUT":
+                self.packages[name] = body
+            return (200 if name in self.packages else 404), {}
+        if method == "GET":
+            shown = list(self.jobs)
+            self.jobs += self.between
+            self.between = []
+            return 200, shown
+        sent = json.loads(body)
+        if any(job["submission_id"] == sent["submission_id"] for job in self.jobs):
+            return 500, f"Job with submission_id {sent['submission_id']} already exists"
+        self.jobs.append({**sent, "status": "PENDING"})
+        return 200, {"job_id": sent["submission_id"], "submission_id": sent["submission_id"]}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cluster]:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    found = Cluster()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def respond(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            code, said = found.answer(self.command, self.path, body)
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(said.encode() if isinstance(said, str) else json.dumps(said).encode())
+
+        do_GET = do_PUT = do_POST = respond
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found.address = f"http://127.0.0.1:{server.server_port}"
+        yield found
+        server.shutdown()
+
+
+def submitted(cluster: Cluster, *arms: dict[str, Any], **options: Any) -> Submitted:
+    recipe = {
+        "study": "s", "dataset": "datasets/d", "arms": [{"name": "random"}, *arms],
+        "protocols": [{"name": "probe", "kind": "linear_probe"}],
+    }  # fmt: skip
+    Path("study.yaml").write_text(yaml.safe_dump(recipe))
+    return submit("study.yaml", STORE, JobServer(cluster.address), **options)
+
+
+def test_two_who_submit_at_once_have_one_job(cluster: Cluster) -> None:
+    """The other's job comes after the look at the cluster's jobs: this one chooses its number, and is told that it is taken."""
+    first = submitted(cluster)
+    assert not first.attached
+    cluster.between, cluster.jobs = cluster.jobs, []
+    assert submitted(cluster) == Submitted(first.job, attached=True) and len(cluster.jobs) == 1
+    assert submitted(cluster) == Submitted(first.job, attached=True)
