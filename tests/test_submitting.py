@@ -16,7 +16,7 @@ import ray
 import yaml
 
 from medssl.job_server import JobServer
-from medssl.submit import Submitted, submit
+from medssl.submit import RECIPE_FILE, Submitted, submit
 
 STORE = "s3://bucket/lab"
 
@@ -101,3 +101,16 @@ def test_two_who_submit_at_once_have_one_job(cluster: Cluster) -> None:
     cluster.between, cluster.jobs = cluster.jobs, []
     assert submitted(cluster) == Submitted(first.job, attached=True) and len(cluster.jobs) == 1
     assert submitted(cluster) == Submitted(first.job, attached=True)
+
+
+def test_all_that_a_named_folder_holds_goes_along(cluster: Cluster) -> None:
+    """Ray leaves out what a .gitignore or .rayignore in the folder names: weights and tables, which are never under git."""
+    folder = Path("mine")
+    (folder / "deeper").mkdir(parents=True)
+    for name, text in {
+        "net.py": "pass", "weights.pth": "w", "deeper/table.csv": "a", "deeper/x.bin": "b", ".gitignore": "*.pth\n*.csv\n",
+        "deeper/.rayignore": "*.bin\n",
+    }.items():  # fmt: skip
+        (folder / name).write_text(text)
+    submitted(cluster, include=["mine"])
+    assert cluster.files() == {RECIPE_FILE, "mine/net.py", "mine/weights.pth", "mine/deeper/table.csv", "mine/deeper/x.bin"}

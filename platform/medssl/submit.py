@@ -275,7 +275,10 @@ def _pack(folder: Path, recipe: Path, include: Sequence[str]) -> None:
         if target.exists():
             raise RecipeError(f"--with {given}: {place} is there twice; give them other names")
         target.parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+        if source.is_dir():  # without its ignore files, which Ray would obey: what is kept from git is named here to go along
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(".gitignore", ".rayignore"))
+        else:
+            shutil.copyfile(source, target)
 
 
 def _job_id(jobs: Sequence[Job], study: str, digest: str) -> str:
