@@ -15,6 +15,7 @@ import pytest
 import ray
 import yaml
 
+from medssl.errors import RecipeError
 from medssl.job_server import JobServer
 from medssl.submit import RECIPE_FILE, Submitted, submit
 
@@ -114,3 +115,50 @@ def test_all_that_a_named_folder_holds_goes_along(cluster: Cluster) -> None:
         (folder / name).write_text(text)
     submitted(cluster, include=["mine"])
     assert cluster.files() == {RECIPE_FILE, "mine/net.py", "mine/weights.pth", "mine/deeper/table.csv", "mine/deeper/x.bin"}
+
+
+ARMS = [
+    ({"name": "given", "initial_weights": "w/a.pth"}, "w/a.pth", "initial_weights of arm 'given'"),
+    ({"name": "clinic", "predictions": "w/a.csv"}, "w/a.csv", "predictions of arm 'clinic'"),
+]
+
+
+@pytest.mark.parametrize(("arm", "path", "what"), ARMS)
+def test_a_file_that_the_recipe_names_here_has_to_go_along(
+    arm: dict[str, Any], path: str, what: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    place = tmp_path / path
+    place.parent.mkdir()
+    place.write_text("x")
+    with pytest.raises(RecipeError) as caught:
+        submitted(cluster, arm)
+    assert f"{what}: {path} is a file here, which the job would not have: add --with {path}" in str(caught.value)
+    assert cluster.jobs == []
+    for include in ([path], ["w"]):
+        cluster.jobs = []
+        submitted(cluster, arm, include=include)
+        assert path in cluster.files()
+
+
+def test_a_file_outside_this_folder_is_named_as_the_job_will_see_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.pth").write_text("x")
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
+    with pytest.raises(RecipeError, match=r"add --with \.\./a\.pth, and write a\.pth in the recipe"):
+        submitted(cluster, {"name": "given", "initial_weights": "../a.pth"}, include=["../a.pth"])
+    submitted(cluster, {"name": "given", "initial_weights": "a.pth"}, include=["../a.pth"])
+    assert cluster.files() == {RECIPE_FILE, "a.pth"}
+
+
+@pytest.mark.parametrize("given", ["timm", "random", "s3://b/a.pth", "weights/of-the-store.pth", "/mnt/lab/a.pth"])
+def test_what_is_no_file_here_is_the_nodes_affair(given: str, cluster: Cluster) -> None:
+    submitted(cluster, {"name": "given", "initial_weights": given})
+    assert cluster.files() == {RECIPE_FILE}
+
+
+def test_an_absolute_path_is_said_to_be_the_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_text("x")
+    said: list[str] = []
+    submitted(cluster, {"name": "given", "initial_weights": str(path)}, tell=said.append)
+    assert f"initial_weights of arm 'given': {path} has to be there on every node of the cluster" in said

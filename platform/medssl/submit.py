@@ -26,6 +26,7 @@ from medssl.artifacts import digest_json
 from medssl.compute import SPARE_CPUS
 from medssl.errors import MedsslError, RecipeError
 from medssl.job_server import ClusterError, Job, JobServer
+from medssl.recipe import Recipe
 from medssl.recipe_file import Family, load_all
 from medssl.store import split_uri
 from medssl.usage import SUBMITTER_VARIABLE, submitter
@@ -116,6 +117,7 @@ def submit(
     command += [word for override in overrides for word in ("--set", override)]
     with tempfile.TemporaryDirectory(prefix="medssl-job-") as folder:
         _pack(Path(folder), Path(recipe), include)
+        _check_packed(Path(folder), family, tell)
         job = _job_id(jobs, name, digest_json([digest, store]))
         return _send(server, job, shlex.join(command), Path(folder), settings, metadata)
 
@@ -279,6 +281,25 @@ def _pack(folder: Path, recipe: Path, include: Sequence[str]) -> None:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(".gitignore", ".rayignore"))
         else:
             shutil.copyfile(source, target)
+
+
+def _check_packed(folder: Path, family: Family, tell: Callable[[str], None]) -> None:
+    """Refuses a file that the recipe names and that is here, where the job would not have it."""
+    for what, given in dict.fromkeys(named for recipe in family.recipes.values() for named in _files_named(recipe)):
+        path = Path(given).expanduser()
+        if "://" in given or not path.is_file():
+            continue  # a file of the store or of the nodes
+        if path.is_absolute():
+            tell(f"{what}: {given} has to be there on every node of the cluster")
+        elif ".." in path.parts or not (folder / path).exists():
+            renamed = f", and write {path.name} in the recipe" if ".." in path.parts else ""
+            raise RecipeError(f"{what}: {given} is a file here, which the job would not have: add --with {given}{renamed}")
+
+
+def _files_named(recipe: Recipe) -> list[tuple[str, str]]:
+    """What a recipe may name a file for, and the name."""
+    weights = [(f"initial_weights of arm '{arm.name}'", arm.initial_weights) for arm in recipe.arms]
+    return weights + [(f"predictions of arm '{arm.name}'", arm.predictions) for arm in recipe.outside]
 
 
 def _job_id(jobs: Sequence[Job], study: str, digest: str) -> str:
