@@ -107,12 +107,40 @@ def test_a_token_does_not_follow_a_redirection(other: tuple[str, list[str]]) -> 
         ("ray://head:10001", "address 'ray://head:10001' is not a job server's"),
         ("head:8265", "address 'head:8265' is not a job server's"),
         ("http://me:secret@head:8265", "the address holds credentials"),
+        ("http://me:secret@[x", "address 'http://***@[x' is not a job server's"),
+        ("http://[x", "address 'http://[x' is not a job server's"),
+        ("http://head:port", "address 'http://head:port' is not a job server's"),
+        ("http://head:82650", "address 'http://head:82650' is not a job server's"),
+        ("http://.example:1", "address 'http://.example:1' is not a job server's"),
+        (f"http://{'a' * 64}.example:1", "is not a job server's"),
+        ("http://head:1/caf\u00e9", "address 'http://head:1/caf\u00e9' is not a job server's"),
+        ("http://head:1/a b", "address 'http://head:1/a b' is not a job server's"),
+        ("http://head\n:1", "is not a job server's"),
     ],
 )
 def test_addresses_that_are_none(given: str | None, words: str) -> None:
     with pytest.raises(RecipeError) as caught:
         server_address(given)
     assert words in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["http://[x", "http://.example:1", "http://127.0.0.1:1/caf\u00e9", "http://127.0.0.1:x"])
+def test_an_address_that_is_none_is_one_line(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"address '{given}' is not a job server's" in one_line(capsys, "jobs", "--address", given)
+
+
+def test_a_job_of_any_name_is_asked_for(other: tuple[str, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Names are one part of a path, whatever they hold."""
+    server = JobServer(other[0])
+    for name in ("caf\u00e9", "a b", "../version"):
+        with pytest.raises(ClusterError, match="is no Ray job server"):
+            server.job(name)
+    assert [line.split(" None")[0] for line in other[1]] == ["/api/jobs/caf%C3%A9", "/api/jobs/a%20b", "/api/jobs/..%2Fversion"]
+
+
+@pytest.mark.parametrize("given", ["http://[::1]:8265", "https://b\u00fccher.example:8265", "http://head:8265/ray"])
+def test_unusual_addresses_are_taken(given: str) -> None:
+    assert server_address(given) == given
 
 
 def test_the_address_comes_from_the_environment_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from medssl.errors import MedsslError, RecipeError
 
@@ -61,9 +62,15 @@ def server_address(given: str | None) -> str:
     named = given or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
     if named is None:
         raise RecipeError("no cluster is named: give --address http://HEAD:8265 (its dashboard), or set RAY_API_SERVER_ADDRESS")
-    parts = urlsplit(named)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RecipeError(f"address '{named}' is not a job server's: give the Ray dashboard's address, as http://HEAD:8265")
+    try:
+        parts = urlsplit(named)
+        plain = named.isprintable() and " " not in named and (parts.path + parts.query + parts.fragment).isascii()
+        host = (parts.hostname or "").encode("idna") if parts.port != 0 else b""
+    except ValueError:  # brackets that do not match, a port that is no number, a name that no host can have (UnicodeError)
+        plain, host = False, b""
+    if not plain or not host or parts.scheme not in ("http", "https"):
+        shown = re.sub(r"://[^/]*@", "://***@", named)
+        raise RecipeError(f"address '{shown}' is not a job server's: give the Ray dashboard's address, as http://HEAD:8265")
     if parts.username or parts.password:
         raise RecipeError("the address holds credentials: leave them out and set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
     return named.rstrip("/")
@@ -138,15 +145,15 @@ class JobServer:
 
     def job(self, name: str) -> Job:
         """The job of this submission id."""
-        return _job(self._get(f"/api/jobs/{name}", seconds=30, missing=self._missing(name)))
+        return _job(self._get(f"/api/jobs/{quote(name, safe='')}", seconds=30, missing=self._missing(name)))
 
     def logs(self, name: str) -> str:
         """All that a job has printed so far."""
-        return str(self._get(f"/api/jobs/{name}/logs", seconds=60, missing=self._missing(name)).get("logs") or "")
+        return str(self._get(f"/api/jobs/{quote(name, safe='')}/logs", seconds=60, missing=self._missing(name)).get("logs") or "")
 
     def stop(self, name: str) -> None:
         """Has the job sent SIGTERM; it may take its time to end."""
-        self._request("POST", f"/api/jobs/{name}/stop", 30, self._missing(name))
+        self._request("POST", f"/api/jobs/{quote(name, safe='')}/stop", 30, self._missing(name))
 
     def _missing(self, name: str) -> str:
         return f"no job '{name}' on {self.address}: `medssl jobs` lists them"
