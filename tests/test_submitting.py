@@ -5,6 +5,9 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -162,3 +165,14 @@ def test_an_absolute_path_is_said_to_be_the_nodes(cluster: Cluster, tmp_path: Pa
     said: list[str] = []
     submitted(cluster, {"name": "given", "initial_weights": str(path)}, tell=said.append)
     assert f"initial_weights of arm 'given': {path} has to be there on every node of the cluster" in said
+
+
+def test_rays_own_client_without_its_token_is_a_line(cluster: Cluster) -> None:
+    """It wants one where RAY_AUTH_MODE says so, though the cluster asks for none."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")}
+    environment |= {"RAY_AUTH_MODE": "token", "HOME": os.getcwd()}
+    submitted(cluster)
+    cluster.jobs = []
+    command = [sys.executable, "-m", "medssl.cli", "submit", "study.yaml", "--store", STORE, "--address", cluster.address]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and "Traceback" not in done.stderr and "set RAY_AUTH_TOKEN" in done.stderr.splitlines()[-1]

@@ -291,6 +291,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
     from medssl.datasets.pseudonyms import read_key
     from medssl.datasets.splits import read_shares
     from medssl.datasets.table import TableColumns
+    from medssl.events import Event
     from medssl.stages.ingest import IngestOptions, ingest
 
     if arguments.key_file and not arguments.pseudonymise:
@@ -321,6 +322,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
             address=arguments.address,
             on_progress=console.on_progress("ingest"),
             on_wait=lambda owner: print(f"the dataset is being ingested by {owner}; waiting", file=sys.stderr),
+            tell=lambda line: console(Event("message", line)),
         )
     print(json.dumps(result.to_json()) if arguments.json else result.to_text())
     return 1 if result.rejected else 0

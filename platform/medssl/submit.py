@@ -346,7 +346,12 @@ def _client(server: JobServer) -> Any:
         raise MedsslError("submitting jobs needs Ray's job client: pip install 'medssl[cluster]'") from None
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):  # they tell of every package and connection
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
-    return JobSubmissionClient(server.address, headers=server.headers)
+    from ray.exceptions import AuthenticationError
+
+    try:
+        return JobSubmissionClient(server.address, headers=server.headers)
+    except AuthenticationError as error:  # RAY_AUTH_MODE asks for a token where the cluster asks for none
+        raise ClusterError(f"Ray's client has no token for {server.address} ({error.message}): set RAY_AUTH_TOKEN") from None
 
 
 # -- while it runs ---------------------------------------------------------------------------------------------

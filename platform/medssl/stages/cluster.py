@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from medssl.exporter import export, stop_export
 from medssl.stopping import sigterm_handled
 
 _POLL_SECONDS = 2.0
+_PROBE_SECONDS = 5.0
 
 
 @contextmanager
@@ -36,14 +38,14 @@ def connected(
     too small is asked to grow, and waited for at most `wait_minutes`.
 
     Raises:
-        MedsslError: the address does not answer, or the cluster is (still) too small.
+        MedsslError: the address does not answer or wants a token, or the cluster is (still) too small.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ours = not ray.is_initialized()
     if ours:
-        _start(cpus + SPARE_CPUS, address or os.environ.get("RAY_ADDRESS"))
+        _start(cpus + SPARE_CPUS, address or os.environ.get("RAY_ADDRESS"), tell)
     try:
         with sigterm_handled() if ours else nullcontext(), _grown(cpus + SPARE_CPUS, gpus, wait_minutes, tell):
             _require_cpus(cpus)
@@ -118,19 +120,45 @@ def require_gpus(gpus: float) -> None:
         )
 
 
-def _start(cpus: int, address: str | None) -> None:
+def _start(cpus: int, address: str | None, tell: Callable[[str], None]) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if address and address != "local":
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise MedsslError(
-                f"no Ray cluster answers at '{address}' ({reason}): check RAY_ADDRESS; where the cluster asks for a token, set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-            ) from None
-        return
-    ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    theirs = address if address and address != "local" else None
+    try:
+        if theirs is None:
+            ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+            return
+        _require_answer(theirs)
+        ray.init(address=theirs, **quiet)
+    except ray.exceptions.AuthenticationError as error:
+        what = f"the cluster at '{theirs}' does not let this run in" if theirs else "Ray has no token to start with"
+        raise MedsslError(f"{what} ({error.message}): set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the token's file") from None
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if theirs is None:
+            raise
+        raise _no_answer(theirs, str(error).splitlines()[0]) from None
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":  # and is let in all the same
+        tell(f"warning: the cluster at {theirs} asks for no token: whoever reaches it can run programs on it")
+
+
+def _require_answer(address: str) -> None:
+    """Refuses an address where nobody listens, for which Ray itself waits half a minute and longer."""
+    if address.startswith(("http://", "https://")):
+        raise MedsslError(f"'{address}' is a job server's address: `medssl submit` takes it, a run needs the head's, HEAD:6379")
+    scheme, mark, place = address.rpartition("://")
+    host, colon, port = place.rpartition(":")
+    if scheme not in ("", "ray") or (not mark and not colon):
+        return  # `auto`, and what only Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
+    except (OSError, OverflowError, ValueError) as error:  # a UnicodeError of a name that no host can have is a ValueError
+        raise _no_answer(address, str(error)) from None
+
+
+def _no_answer(address: str, reason: str) -> MedsslError:
+    return MedsslError(
+        f"no Ray cluster answers at '{address}' ({reason}): check --address or RAY_ADDRESS; where the cluster asks for a token, "
+        "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+    )
 
 
 def import_torch() -> Any:

@@ -153,6 +153,7 @@ def ingest(
     address: str | None = None,
     on_progress: OnProgress | None = None,
     on_wait: Callable[[Owner], None] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> IngestResult:
     """Packs the images of `source` into a dataset at `target`, replacing the one that is there.
 
@@ -163,6 +164,7 @@ def ingest(
         address: a running Ray cluster; an initialised Ray is used as it is.
         on_progress: called as shards are finished.
         on_wait: called when another ingest into the target has to be waited for.
+        tell: called with lines for the user.
 
     Raises:
         TooManyRejected: more than the limit of the images are unusable.
@@ -197,7 +199,7 @@ def ingest(
         held_out=held_out,
         layout=None if options.layout is None else {"name": options.layout, "seed": options.seed},
     )
-    with lease(store, "ingest", on_wait=on_wait) as held, connected(cpus=1, address=address):
+    with lease(store, "ingest", on_wait=on_wait) as held, connected(cpus=1, address=address, tell=tell):
         read_card(store)  # refuses to replace what is no dataset before any work is done
         results = _run_shards(rows, store, options, on_progress)
         telemetry.gauge("images_set_aside", sum(len(result.rejected) for result in results), dataset=provenance.name)
