@@ -7,15 +7,20 @@ runs until Ctrl-C or SIGTERM, and keeps the store's data in FOLDER for the next 
     source FOLDER/env.sh
     medssl submit STUDY.yaml
 
-Everything listens on 127.0.0.1 alone, and the cluster asks for a token, which like the store's keys is made anew for FOLDER
-and readable by its owner only. Needs `pip install 'medssl[cluster]'`, and from Debian radosgw, ceph-mon, ceph-osd,
-ceph-common and, for the dashboards, prometheus (all optional: without the first, give --store for a store of your own).
+The cluster asks for a token, which like the store's keys is made anew for FOLDER and readable by its owner only. Job server
+(with its dashboard), store and Prometheus listen on 127.0.0.1 alone. Ray's nodes do not: Ray takes the machine's own address for
+127.0.0.1, and their ports are open on all its networks. Those that take orders want the token; those for metrics, and those at
+which training workers find each other, want nothing: where strangers reach the machine, a firewall has to keep them out.
+
+Needs `pip install 'medssl[cluster]'`, and from Debian radosgw, ceph-mon, ceph-osd, ceph-common and, for the dashboards,
+prometheus (all optional: without the first, give --store for a store of your own).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import secrets
@@ -26,9 +31,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ceph import PACKAGES, Ceph, free_port, missing_programs
 
@@ -86,7 +92,7 @@ class Cluster:
         head = ["--head", f"--port={self.gcs_port}", f"--dashboard-port={port}", "--dashboard-host=127.0.0.1",
                 f"--temp-dir={self._ray_folder}", f"--num-cpus={self._head_cpus}", "--include-dashboard=true"]  # fmt: skip
         self.head = self._ray("head", head)
-        self._wait(lambda: _answers(f"{self.dashboard}/api/version", self.token_file.read_text()), "the head")
+        self._wait(lambda: "ray_version" in _get(f"{self.dashboard}/api/version", self.token_file.read_text()), "the head")
         for number in range(1, 1 + self._count):  # one by one: nodes that start together on one machine take each other's ports
             self.add_node()
             self._wait(lambda wanted=1 + number: self._alive() == wanted, f"worker node {number}")
@@ -153,10 +159,9 @@ class Cluster:
         with open(place / "log.txt", "wb") as log:
             self.prometheus = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    def _wait(self, ready: object, what: str) -> None:
-        assert callable(ready)
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + START_SECONDS
-        while not ready():
+        while not _holds(ready):
             ended = [p for p in (self.head, *self.nodes) if p is not None and p.poll() is not None]
             if ended or time.monotonic() > end:
                 raise RuntimeError(f"{what} did not come up: see {self.folder}/*.log")
@@ -170,18 +175,18 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _get(url: str, token: str) -> dict[str, object]:
+def _get(url: str, token: str) -> dict[str, Any]:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token.strip()}"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return dict(json.loads(answer.read()))
 
 
-def _answers(url: str, token: str) -> bool:
+def _holds(ready: Callable[[], bool]) -> bool:
+    """A job server that is coming up refuses, hangs up, is slow, or answers with something else: it is not ready yet."""
     try:
-        _get(url, token)
-    except (urllib.error.URLError, OSError, ValueError):
+        return ready()
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
         return False
-    return True
 
 
 def _make_bucket(uri: str, environment: dict[str, str]) -> None:
