@@ -6,6 +6,7 @@ Both become PNG bytes without loss of what is kept, so that everything after ing
 from __future__ import annotations
 
 import functools
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.errors import DataError
+from medssl.images import MAX_PIXELS
 
 _MARK = "::"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -43,7 +45,7 @@ def read_member(uri: str, read: Callable[[str], bytes]) -> bytes:
         array = _array(path)
         if number >= len(array):
             raise DataError(f"has {len(array)} images, number {number} is missing")
-        return png(np.asarray(array[number]))
+        return png(np.asarray(array[number], dtype=array.dtype.newbyteorder("=")))
     from medssl.datasets.dicom import frame_png  # with pydicom, which is an extra
 
     return frame_png(read(path), number)
@@ -54,9 +56,33 @@ def _array(path: str) -> Any:
     """The array `x` of an HDF5 file, open for as long as the process lives: a task reads many images of one file."""
     h5py = need("h5py", "HDF5 files", "medssl[h5]")
     try:
-        return h5py.File(path, "r")["x"]
-    except (OSError, KeyError) as error:
+        file = h5py.File(path, "r")
+        array = file["x"]
+        shape = array.shape
+    except (OSError, KeyError, AttributeError) as error:  # of a group the last
         raise DataError(f"is no HDF5 file with an array x ({str(error)[:80]})") from None
+    if array.file.filename != file.filename or array.external or array.is_virtual:  # any file's bytes could be shown as pixels
+        raise DataError("has an array x, but its images are in another file: copy them into this one")
+    _check_array(shape, array.chunks, array.dtype)
+    return array
+
+
+def _check_array(shape: tuple[int, ...], chunks: tuple[int, ...] | None, dtype: np.dtype[Any]) -> None:
+    """Refuses what is no array of images, before anything of it is read: a file of a few KB may claim any size."""
+    text = " x ".join(map(str, shape[1:]))
+    if len(shape) < 3:
+        raise DataError(f"its array x has {len(shape)} axes, which are no images: give images x height x width x channels")
+    if len(shape) > 4 or (len(shape) == 4 and shape[3] not in (1, 3)) or 0 in shape[1:]:
+        raise DataError(f"the images of its array x are {text}: give 1 or 3 channels of at least one pixel")
+    if dtype.name not in ("uint8", "uint16"):
+        raise DataError(f"the images of its array x are of {dtype.name}: give uint8 or uint16")
+    if shape[1] * shape[2] > MAX_PIXELS:
+        raise DataError(f"the images of its array x have {shape[1]} x {shape[2]} pixels, more than {MAX_PIXELS:,}")
+    if chunks is not None and math.prod(chunks) > 3 * MAX_PIXELS:  # one is decompressed as a whole
+        raise DataError(
+            f"its array x is stored in chunks of {' x '.join(map(str, chunks))}, of which one is larger than any image may be "
+            f"({MAX_PIXELS:,} pixels): store it in chunks of an image"
+        )
 
 
 def need(package: str, what: str, extra: str) -> Any:
