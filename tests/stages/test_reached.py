@@ -14,9 +14,16 @@ import pytest
 import ray
 
 from medssl.errors import MedsslError
-from medssl.stages.cluster import connected
+from medssl.stages.cluster import _start
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(address: str) -> list[str]:
+    """What is said while a run attaches to a cluster, whether or not another test's Ray is running here."""
+    said: list[str] = []
+    _start(3, address, said.append)
+    return said
 
 
 def closed() -> str:
@@ -30,22 +37,22 @@ def test_who_is_not_there_is_told_before_ray_waits_for_it(scheme: str, monkeypat
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked"))
     address = scheme + closed()
     words = re.escape(f"no Ray cluster answers at '{address}' (")
-    with pytest.raises(MedsslError, match=words) as caught, connected(cpus=1, address=address):
-        pass
+    with pytest.raises(MedsslError, match=words) as caught:
+        start(address)
     assert "refused" in str(caught.value) and "--address" in str(caught.value)
 
 
 @pytest.mark.parametrize("address", [".example:6379", "head.invalid:6379", "127.0.0.1:99999", "ray://[::1:10001", "127.0.0.1:x"])
 def test_what_is_no_address_is_a_line(address: str) -> None:
     words = re.escape(f"no Ray cluster answers at '{address}' (")
-    with pytest.raises(MedsslError, match=words), connected(cpus=1, address=address):
-        pass
+    with pytest.raises(MedsslError, match=words):
+        start(address)
 
 
 def test_a_job_servers_address_is_named_as_one() -> None:
     words = "'http://head:8265' is a job server's address: `medssl submit` takes it"
-    with pytest.raises(MedsslError, match=words), connected(cpus=1, address="http://head:8265"):
-        pass
+    with pytest.raises(MedsslError, match=words):
+        start("http://head:8265")
 
 
 @pytest.mark.parametrize("ours", [False, True])
@@ -73,17 +80,14 @@ def test_a_token_that_is_not_there_is_one_line(ours: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize(("mode", "warned"), [("token", False), ("TOKEN", False), ("disabled", True), (None, True)])
 def test_a_cluster_that_asks_for_no_token_is_warned_of(mode: str | None, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is let in without a token is on a cluster that asks for none."""
-    from medssl.stages import cluster
-
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     if mode is not None:
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
     taken: list[Any] = []
     monkeypatch.setattr(ray, "init", lambda **options: taken.append(options["address"]))
-    said: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        cluster._start(3, address, said.append)
+        said = start(address)
     assert taken == [address]
     warning = f"warning: the cluster at {address} asks for no token: whoever reaches it can run programs on it"
     assert said == ([warning] if warned else [])
