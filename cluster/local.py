@@ -219,9 +219,12 @@ def main() -> int:
     if missing and not arguments.store:
         print(f"local.py: no {', '.join(missing)}: apt-get install {PACKAGES}, or give --store", file=sys.stderr)
         return 2
-    cluster = Cluster(
-        Path(arguments.folder).resolve(), nodes=arguments.nodes, cpus=arguments.cpus, port=arguments.port, store=arguments.store
-    )
+    folder = Path(arguments.folder).resolve()
+    try:
+        cluster = Cluster(folder, nodes=arguments.nodes, cpus=arguments.cpus, port=arguments.port, store=arguments.store)
+    except OSError as error:
+        print(f"local.py: cannot use the folder {folder} ({error.strerror}): name a folder that you can write", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import local
 import pytest
 from local import Cluster
 
@@ -58,3 +59,15 @@ def test_answers_that_are_none_are_waited_out(answers: tuple[str, list[tuple[int
         assert left == [(200, nodes(2))], "it came to the last answer"
     finally:
         cluster.stop()
+
+
+def test_a_folder_that_is_none_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for name in ("file", "file/below"):
+        monkeypatch.setattr("sys.argv", ["local.py", str(tmp_path / name), "--store", "s3://elsewhere/lab"])
+        assert local.main() == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and f"cannot use the folder {tmp_path / name}" in said[0]
+    assert (tmp_path / "file").read_text() == "kept"
