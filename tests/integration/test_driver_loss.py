@@ -166,6 +166,7 @@ def test_a_killed_run_in_a_cluster_goes_on(recipe: Path, calm: Store, tmp_path: 
     wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
 
 
+@pytest.mark.acceptance
 def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_session: Any, tmp_path: Path) -> None:
     """Two searches of three fine-tunings are under way at once when the machine is lost: driver and trials are killed."""
     store_uri = str(tmp_path / "store")
