@@ -137,7 +137,7 @@ def test_a_streamed_epoch_shows_what_a_resident_one_does(place: Path, ray_sessio
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("feeding", ["resident", "streaming"])
+@pytest.mark.parametrize("feeding", ["resident", pytest.param("streaming", marks=pytest.mark.acceptance)])
 def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
     fields = tiny.pretraining_only(study=f"mix-{feeding}")
     fields["images"] = fields["images"] | {"feeding": feeding}
