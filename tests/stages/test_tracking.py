@@ -40,12 +40,14 @@ def values_of(uri: str, run: Any, metric: str) -> list[tuple[int, float]]:
 def wandb_records(path: Path) -> Iterator[bytes]:
     """The records of a `.wandb` file: 7 bytes, then a LevelDB log (blocks of 32 KiB, chunks with a header of 7 bytes)."""
     content, place, record = path.read_bytes(), 7, b""
-    while place < len(content):
+    while place + 7 <= len(content):
         left = 32768 - place % 32768
         if left < 7:
             place += left
             continue
         _, length, kind = struct.unpack_from("<IHB", content, place)
+        if place + 7 + length > len(content):
+            return  # still being written
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -153,17 +155,20 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setattr(tracking, "END_SECONDS", 180.0)  # a busy machine is no subject here
     asked = TrackingParams(wandb="group/project")
     check(asked, "s")
     with tracked(asked, study="s", kind="search", name="trial", key=key_of("t"), config={"learning_rate": 0.1}) as say:
         say({"score": 0.25}, 1)
         say({"score": 0.5, "none": None}, 2)
     [path] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    end = time.monotonic() + 60
+    while not (records := [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(path)]) or not any(
+        record.WhichOneof("record_type") == "exit" for record in records
+    ):  # its own process writes on for a moment after the run has ended
+        assert time.monotonic() < end, f"{len(records)} records and no end"
+        time.sleep(0.1)
     rows, began = [], None
-    for data in wandb_records(path):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records:
         if record.WhichOneof("record_type") == "history":
             rows.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
         elif record.WhichOneof("record_type") == "run":
