@@ -300,6 +300,7 @@ def test_a_challenge_without_one_of_its_parts_has_that_split_made(name: str, par
         ("isic2017", "holiday/beach.jpg", "1 images are in no folder of the challenge"),
         ("isic2017", "ISIC-2017_Training_Data/ISIC_9999999.jpg", "1 images are in no row"),
         ("covid-cxr", "images/beach.jpg", "1 images are in no row of metadata.csv"),
+        ("covid-cxr", "holiday/beach.jpg", "1 images are in no row of metadata.csv"),
         ("patchcamelyon", "beach.jpg", "are images of something else"),
         ("busi", "Dataset_BUSI_with_GT/benign/cat.png", "is not named as an image of BUSI"),
         ("brain-mri", "Training/other/x.jpg", "is in no folder of a class"),

@@ -75,7 +75,7 @@ def test_two_runs_at_once_make_one_result(undisturbed: Any, both: Both) -> None:
     waited = [errors for _, errors in ends if "is being run by" in errors]
     assert len(waited) == 1 and "nothing to do" in waited[0]
     assert ends[0][0] == ends[1][0]
-    assert without_report(store) == without_report(undisturbed.store)
+    assert without_report(store) == without_report(undisturbed.store) and len(finished(store)) == len(finished(undisturbed.store))
 
 
 def test_faults_and_an_outage_leave_the_result_and_the_training_alone(undisturbed: Any, both: Both) -> None:

@@ -16,14 +16,17 @@ _TREE = {
 }  # fmt: skip
 _ROOTS = ("Pneumonia", "Tuberculosis", "No Finding")
 FINDINGS = tuple(_TREE)
+_BESIDE = {"annotations", "docs", "scripts", "volumes"}
+"""Folders of the collection with masks, pictures of its pages, and no X-rays."""
 
 
 def _read(tree: Tree) -> list[Record]:
     columns = ("patientid", "sex", "age", "finding", "view", "modality", "folder", "filename")
     frame = tree.table(tree.find("metadata.csv"), columns)
     named = set(frame["filename"])
-    films = [path for path in tree.images if "images" in path.split("/")[:-1]]  # masks and pictures of its pages lie elsewhere
-    strangers = [path for path in films if path.rpartition("/")[2] not in named]
+    films = [path for path in tree.images if "images" in path.split("/")[:-1]]
+    own = [path for path in tree.images if not _BESIDE & set(path.split("/")[:-1])]
+    strangers = [path for path in own if path.rpartition("/")[2] not in named]
     if strangers:
         tree.refuse(f"{len(strangers):,} images are in no row of metadata.csv (the first: {strangers[0]})")
     frame = frame[(frame["modality"] == "X-ray") & (frame["folder"] == "images")]
