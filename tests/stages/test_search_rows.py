@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medssl import leases
-from medssl.artifacts import Marker, folder, read_marker
+from medssl.artifacts import Marker, folder
 from medssl.errors import DataError
 from medssl.recipe import Recipe
 from medssl.stages import evaluate
@@ -111,35 +109,3 @@ def test_test_labels_are_no_part_of_a_searchs_name(tmp_path: Path) -> None:
         for kind in ("as they are", "turned round")
     }
     assert names["as they are"] == names["turned round"]
-
-
-def test_a_cell_that_two_studies_evaluate_at_once_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second has found nothing finished when it begins; it meets the first's lease, and then only does what is left."""
-    opened = study(tmp_path)
-    specs = {seed: Spec("evaluate", {"seed": seed}, {}, f"head seed {seed}") for seed in range(3)}
-    fewer = {seed: specs[seed] for seed in range(2)}
-    context = cast(Context, Ready(opened))
-    tasks = [evaluate.EvaluateTask(context, "colour", "probe", 0, 0, each, "embed-0", None, POINT) for each in (fewer, specs)]
-    fit, fitted = evaluate._fit, list[list[int]]()
-    second, under_way = threading.Thread(target=evaluate.evaluate, args=(tasks[1],)), threading.Event()
-    read_owner = leases._read_owner
-
-    def watched_fit(*arguments: Any) -> Any:
-        fitted.append(list(arguments[5]))
-        if len(fitted) == 1:
-            second.start()
-        else:
-            under_way.set()
-        assert under_way.wait(60), "the second neither fits nor waits"
-        return fit(*arguments)
-
-    def watched_read_owner(*arguments: Any) -> Any:
-        under_way.set()
-        return read_owner(*arguments)
-
-    monkeypatch.setattr(evaluate, "_fit", watched_fit)
-    monkeypatch.setattr(leases, "_read_owner", watched_read_owner)
-    evaluate.evaluate(tasks[0])
-    second.join(60)
-    assert fitted == [[0, 1], [2]]
-    assert all(read_marker(opened.store, spec.name) is not None for spec in specs.values())
