@@ -68,9 +68,7 @@ class Cell:
     @property
     def label(self) -> str:
         """For people."""
-        return (
-            f"{self.protocol.name} of {self.arm.name}, pretraining seed {self.pretraining_seed}, draw {self.label_draw}"
-        )
+        return f"{self.protocol.name} of {self.arm.name}, pretraining seed {self.pretraining_seed}, draw {self.label_draw}"
 
 
 @dataclass
