@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts load with their first use, which most processes never come to
 from numpy.typing import NDArray
-from scipy import optimize, special
 
 from medssl.metrics import Float, Int, confidence_bins, known_pairs
 
@@ -85,9 +85,9 @@ def fit_temperature(probabilities_NK: Float, labels_N: Int) -> float:
 
     def loss(log_temperature: float) -> float:
         scaled_NK = logits_NK / np.exp(log_temperature)
-        return float((special.logsumexp(scaled_NK, axis=1) - scaled_NK[np.arange(len(labels_N)), labels_N]).mean())
+        return float((scipy.special.logsumexp(scaled_NK, axis=1) - scaled_NK[np.arange(len(labels_N)), labels_N]).mean())
 
-    found = optimize.minimize_scalar(loss, bounds=(np.log(0.01), np.log(100)), method="bounded", options={"xatol": 1e-6})
+    found = scipy.optimize.minimize_scalar(loss, bounds=(np.log(0.01), np.log(100)), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
 
 
@@ -99,11 +99,11 @@ def apply_temperature(probabilities_NK: Float, temperature: float, *, findings: 
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: it must be above 0")
     if findings:
-        odds_NF = special.logit(np.clip(probabilities_NK.astype(np.float64), _SMALLEST, 1 - _SMALLEST))
-        found: NDArray[np.float64] = special.expit(odds_NF / temperature)
+        odds_NF = scipy.special.logit(np.clip(probabilities_NK.astype(np.float64), _SMALLEST, 1 - _SMALLEST))
+        found: NDArray[np.float64] = scipy.special.expit(odds_NF / temperature)
         return found
     logits_NK = np.log(np.maximum(probabilities_NK.astype(np.float64), _SMALLEST)) / temperature
-    scaled: NDArray[np.float64] = special.softmax(logits_NK, axis=1)
+    scaled: NDArray[np.float64] = scipy.special.softmax(logits_NK, axis=1)
     return scaled
 
 

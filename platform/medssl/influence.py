@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import scipy  # its parts load with their first use, which most processes never come to
 from numpy.typing import NDArray
-from scipy import stats
 
 from medssl.metrics import SCORES, UNKNOWN, Counts, Float, Int, counts, known_pairs
 
@@ -138,9 +138,9 @@ def auc_slopes(probabilities_NK: Float, labels_N: Int) -> Slopes:
         if min(len(positive), len(negative)) == 0:
             continue
         scores_N, first = probabilities_NK[:, k], len(positive)
-        ranks = stats.rankdata(scores_N[np.concatenate([positive, negative])])
-        above = (ranks[:first] - stats.rankdata(scores_N[positive])) / len(negative)
-        below = 1 - (ranks[first:] - stats.rankdata(scores_N[negative])) / len(positive)
+        ranks = scipy.stats.rankdata(scores_N[np.concatenate([positive, negative])])
+        above = (ranks[:first] - scipy.stats.rankdata(scores_N[positive])) / len(negative)
+        below = 1 - (ranks[first:] - scipy.stats.rankdata(scores_N[negative])) / len(positive)
         slopes[positive] += (above - above.mean()) / len(positive)
         slopes[negative] += (below - below.mean()) / len(negative)
         known += 1

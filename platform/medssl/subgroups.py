@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+import scipy  # its parts load with their first use, which most processes never come to
 from numpy.typing import NDArray
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
-from scipy import special, stats
 
 from medssl.influence import Slopes
 
@@ -85,5 +85,5 @@ def patient_interval(
     error = float(np.sqrt(squares * patients / (patients - 1)))
     if not (error > 1e-12 and 0 < score < 1):
         return float("nan"), float("nan")
-    middle, reach = special.logit(score), stats.t.ppf((1 + level) / 2, patients - 1) * error / (score * (1 - score))
-    return float(special.expit(middle - reach)), float(special.expit(middle + reach))
+    middle, reach = scipy.special.logit(score), scipy.stats.t.ppf((1 + level) / 2, patients - 1) * error / (score * (1 - score))
+    return float(scipy.special.expit(middle - reach)), float(scipy.special.expit(middle + reach))

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts load with their first use, which most processes never come to
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
 
 _STUDIES = 20_000
 """Simulated sets of variance estimates: the power is right to about 0.002."""
@@ -71,8 +71,8 @@ def smallest_detectable_difference(
     reach_S = design.reach(1 - level / 2)
 
     def found(difference: float) -> float:
-        either_S = special.ndtr(difference / design.error - reach_S) + special.ndtr(-difference / design.error - reach_S)
-        return float(either_S.mean())
+        ratio = difference / design.error
+        return float((scipy.special.ndtr(ratio - reach_S) + scipy.special.ndtr(-ratio - reach_S)).mean())
 
     return _solve(found, power, design.error)
 
@@ -99,7 +99,7 @@ def smallest_equivalence_margin(
 
     def shown(margin: float) -> float:
         room_S = margin / design.error - reach_S
-        return float(np.maximum(2 * special.ndtr(room_S) - 1, 0).mean())
+        return float(np.maximum(2 * scipy.special.ndtr(room_S) - 1, 0).mean())
 
     return _solve(shown, power, design.error)
 
@@ -127,7 +127,7 @@ class _Design:
         true_V, seen_V, freedom_V = (np.array(v, np.float64) for v in zip(*_kinds(numbers, scatter), strict=True))
         if not seen_V.any():
             raise ValueError("nothing repeats: a design needs two patients, draws or seeds that scatter")
-        studies = stats.chi2.rvs(freedom_V[freedom_V > 0], size=(_STUDIES, int((freedom_V > 0).sum())), random_state=0)
+        studies = scipy.stats.chi2.rvs(freedom_V[freedom_V > 0], size=(_STUDIES, int((freedom_V > 0).sum())), random_state=0)
         seen_SV = seen_V[freedom_V > 0] * studies / freedom_V[freedom_V > 0]
         sum_S = seen_SV.sum(axis=1)
         freedom_S = sum_S**2 / (seen_SV**2 / freedom_V[freedom_V > 0]).sum(axis=1)
@@ -136,7 +136,7 @@ class _Design:
 
     def reach(self, quantile: float) -> NDArray[np.float64]:
         """How far an interval reaches from the difference, in true standard errors, (S,)."""
-        reach_S: NDArray[np.float64] = stats.t.ppf(quantile, self.freedom_S) * self.ratio_S
+        reach_S: NDArray[np.float64] = scipy.stats.t.ppf(quantile, self.freedom_S) * self.ratio_S
         return reach_S
 
 
@@ -171,4 +171,4 @@ def _solve(rate: Callable[[float], float], wanted: float, error: float) -> float
     high = error
     while rate(high) < wanted:
         high *= 2
-    return float(optimize.brentq(lambda x: rate(x) - wanted, 0.0, high, xtol=1e-6 * error))
+    return float(scipy.optimize.brentq(lambda x: rate(x) - wanted, 0.0, high, xtol=1e-6 * error))

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy  # its parts load with their first use, which most processes never come to
 from numpy.typing import NDArray
-from scipy import stats
 
 from medssl.metrics import COUNT_METRICS, METRICS, UNKNOWN, Counts, Float, Int
 from medssl.statistics.samples import EquivalenceResult
@@ -100,7 +100,7 @@ def nested_bootstrap(
     if len(replicates_R) < replicates:
         notes += (f"{replicates - len(replicates_R)} replicates had too few classes for the score and were dropped",)
     error = float(replicates_R.std(ddof=1)) if len(replicates_R) > 1 else float("nan")
-    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, freedom)) * error
     percentiles = np.quantile(replicates_R, [(1 - confidence) / 2, (1 + confidence) / 2]) if len(replicates_R) else None
     return BootstrapResult(
         metric=metric,
@@ -174,9 +174,9 @@ def nested_equivalence(found: BootstrapResult, margin: float, *, level: float = 
     if not 0 < level < 0.5:
         raise ValueError(f"level is {level}: it lies between 0 and 0.5, as 0.05")
     difference, error, freedom = found.difference, found.standard_error, found.degrees_of_freedom
-    reach = float(stats.t.ppf(1 - level, freedom)) * error
+    reach = float(scipy.stats.t.ppf(1 - level, freedom)) * error
     if error > 0:
-        p = float(stats.t.sf((margin - abs(difference)) / error, freedom))  # the side nearer its end has the larger p
+        p = float(scipy.stats.t.sf((margin - abs(difference)) / error, freedom))  # the side nearer its end has the larger p
     else:
         p = float("nan") if np.isnan(error) else float(abs(difference) >= margin)
     return EquivalenceResult(difference, difference - reach, difference + reach, margin, p)
@@ -279,9 +279,9 @@ def _auc_scores(probabilities_MNK: Float, labels_N: Int, weights_NR: Float) -> F
         if min(len(positive), len(negative)) == 0:
             continue
         both = np.concatenate([positive, negative])
-        ranks_MB, first = stats.rankdata(probabilities_MNK[:, both, k], axis=1), len(positive)
-        above_MN = (ranks_MB[:, :first] - stats.rankdata(probabilities_MNK[:, positive, k], axis=1)) / len(negative)
-        under_MN = ranks_MB[:, first:] - stats.rankdata(probabilities_MNK[:, negative, k], axis=1)
+        ranks_MB, first = scipy.stats.rankdata(probabilities_MNK[:, both, k], axis=1), len(positive)
+        above_MN = (ranks_MB[:, :first] - scipy.stats.rankdata(probabilities_MNK[:, positive, k], axis=1)) / len(negative)
+        under_MN = ranks_MB[:, first:] - scipy.stats.rankdata(probabilities_MNK[:, negative, k], axis=1)
         below_MN = 1 - under_MN / len(positive)
         area_M1 = above_MN.mean(axis=1, keepdims=True)
         weights_R = weights_NR[positive].sum(axis=0), weights_NR[negative].sum(axis=0)
@@ -314,7 +314,7 @@ def _variances(first_PDS: Float, second_PDS: Float, patients_R: Float, patients:
 def _p_value(difference: float, error: float, freedom: float) -> float:
     """Two-sided p of Student's t; without any spread 1 for no difference and 0 for one."""
     if error > 0:
-        return float(2 * stats.t.sf(abs(difference) / error, freedom))
+        return float(2 * scipy.stats.t.sf(abs(difference) / error, freedom))
     return float("nan") if np.isnan(error) else float(difference == 0)
 
 

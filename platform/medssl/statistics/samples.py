@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts load with their first use, which most processes never come to
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
 
 Alternative = Literal["two-sided", "greater", "less"]
 Summary = tuple[float, float, int]
@@ -103,7 +103,7 @@ def effect_size(first: ArrayLike, second: ArrayLike) -> float:
     pooled = np.sqrt(((len(a) - 1) * a.var(ddof=1) + (len(b) - 1) * b.var(ddof=1)) / freedom)
     if pooled == 0:
         return float("nan")
-    correction = np.exp(special.gammaln(freedom / 2) - special.gammaln((freedom - 1) / 2)) / np.sqrt(freedom / 2)
+    correction = np.exp(scipy.special.gammaln(freedom / 2) - scipy.special.gammaln((freedom - 1) / 2)) / np.sqrt(freedom / 2)
     return float((a.mean() - b.mean()) / pooled * correction)
 
 
@@ -131,7 +131,7 @@ def _welch(first: Summary, second: Summary, alternative: Alternative, confidence
         t = float(np.copysign(np.inf, difference)) if difference else 0.0
         return WelchResult(difference, difference, difference, t, float("nan"), 0.0 if holds else 1.0, sizes)
     freedom = sum(squares) ** 2 / sum(v**2 / (n - 1) for v, n in zip(squares, sizes, strict=True))
-    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * float(np.sqrt(sum(squares)))
-    test = stats.ttest_ind_from_stats(*first, *second, equal_var=False, alternative=alternative)
+    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, freedom)) * float(np.sqrt(sum(squares)))
+    test = scipy.stats.ttest_ind_from_stats(*first, *second, equal_var=False, alternative=alternative)
     t, p = float(test.statistic), float(test.pvalue)
     return WelchResult(difference, difference - reach, difference + reach, t, float(freedom), p, sizes)
