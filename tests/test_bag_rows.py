@@ -129,10 +129,10 @@ def test_a_rank_that_waits_does_not_stop_the_others(ray_session: Any, dataset: D
     assert ray.get(busy.ready.remote())
     ranks = [Rank.remote(rank) for rank in range(2)]
     try:
-        assert ray.get(ranks[0].take.remote(1), timeout=60) == 1
+        assert ray.get(ranks[0].take.remote(1), timeout=600) == 1
         steps = ray.get(ranks[1].all.remote())
-        assert ray.get(ranks[1].take.remote(steps), timeout=60) == steps
-        assert ray.get(ranks[0].take.remote(steps - 1), timeout=60) == steps - 1
+        assert ray.get(ranks[1].take.remote(steps), timeout=600) == steps
+        assert ray.get(ranks[0].take.remote(steps - 1), timeout=600) == steps - 1
     finally:
         for actor in (busy, *ranks):
             ray.kill(actor)

@@ -80,7 +80,7 @@ def test_every_task_that_goes_to_the_store_exports(dataset: Dataset, tmp_path: P
     """What it counts would wait in its process for ever; images are read nowhere else."""
     open_store(str(tmp_path / "target"), create=True)
     works = tasks_of(dataset, tmp_path, ray_session)
-    assert ray_session.get(ray_session.remote(silent_after).remote(works), timeout=120) == []
+    assert ray_session.get(ray_session.remote(silent_after).remote(works), timeout=600) == []
 
 
 class Counting:
@@ -105,12 +105,12 @@ def test_what_is_counted_just_before_a_process_ends_is_scraped(ray_session: Any)
     """Ray hands on the metrics of a worker that it kills, and of a driver that leaves; the node then keeps a counter for good
     and a gauge for two reports of 10 s, which a scrape every 10 s meets."""
     worker = ray_session.remote(num_cpus=0)(Counting).remote()
-    ray_session.get(worker.count.remote(), timeout=120)
+    ray_session.get(worker.count.remote(), timeout=600)
     ray_session.kill(worker)
     address = ray_session.get_runtime_context().gcs_address
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(place for place in sys.path if place)}
-    subprocess.run([sys.executable, "-c", DRIVER, address], env=path, check=True, timeout=120)
-    end = time.monotonic() + 120
+    subprocess.run([sys.executable, "-c", DRIVER, address], env=path, check=True, timeout=600)
+    end = time.monotonic() + 600
     shown, counted = list[float](), list[float]()
     while not (shown and counted):
         assert time.monotonic() < end, f"scraped so far: {shown} and {counted}"
@@ -124,7 +124,7 @@ def scraped(ray: Any, name: str, label: str) -> list[float]:
     """Values of this metric with this label at this node's agent."""
     (node,) = [node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id()]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    with urllib.request.urlopen(address, timeout=30) as answer:
+    with urllib.request.urlopen(address, timeout=60) as answer:
         text = answer.read().decode()
     found = re.findall(rf"^ray_medssl_{name}{{([^}}]*)}} (\S+)$", text, re.MULTILINE)
     return [float(value) for labels, value in found if label in labels]

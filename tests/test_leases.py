@@ -233,7 +233,7 @@ def test_exception_releases(store: Store) -> None:
 def test_heartbeat_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     program = CHILD.replace("sys.stdin.readline()", "sys.exit(3)")
     process = start(program, open_store(str(tmp_path)).uri, "30")
-    process.communicate(timeout=20)
+    process.communicate(timeout=90)
     assert process.returncode == 3
     assert open_store(str(tmp_path)).exists("leases/work/00000001.free")
 

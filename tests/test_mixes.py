@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,19 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from watched import most_at_once
 
+from medssl.artifacts import finished
 from medssl.collectives import Process
 from medssl.datasets.dataset import Dataset, open_dataset
 from medssl.datasets.read import Decoding
 from medssl.datasets.synthetic import write_synthetic
 from medssl.images import decode
 from medssl.mixes import Source, joined_index, offsets, seen_elsewhere, shown
+from medssl.recipe_file import load
+from medssl.stages.ingest import IngestOptions, ingest
+from medssl.store import Store, open_store
+from medssl.study import Study
 from medssl.training.bags import Bags, ResidentBagFeed
 from medssl.training.feed import JoinedImages, ResidentFeed, ResidentImages
 
@@ -95,7 +103,8 @@ def test_images_that_are_held_back_are_found_by_content() -> None:
 def place(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the study's dataset and a second one that has two of its test images."""
     root = tmp_path_factory.mktemp("mixes")
-    tiny.ingest(root / "drawn", str(root / "store" / "datasets" / "lesions"))
+    drawn = write_synthetic(root / "drawn", images=tiny.IMAGES, seed=0)
+    ingest(drawn, str(root / "store" / "datasets" / "lesions"), IngestOptions(shard_rows=10))
     index = open_dataset(str(root / "store" / "datasets" / "lesions")).index()
     table = pd.read_csv(write_synthetic(root / "more", images=60, seed=5))
     table["split"] = "train"
@@ -137,36 +146,62 @@ def test_a_streamed_epoch_shows_what_a_resident_one_does(place: Path, ray_sessio
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("feeding", ["resident", pytest.param("streaming", marks=pytest.mark.acceptance)])
-def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mix": [{"classes": ["globular"]}, {"dataset": "datasets/more", "classes": ["reticular", "starburst"], "times": 2}]},
+        {"objective": {"name": "supervised", "classes": ["globular", "reticular"]}, "mix": [{"dataset": "datasets/more"}]},
+        {"objective": {"name": "supervised"}, "mix": [{"dataset": "datasets/more"}]},
+    ],
+    ids=["classes of a part", "classes told apart", "labelled ones"],
+)
+def test_a_study_streams_the_images_that_it_counts(place: Path, ray_session: Any, changes: dict[str, Any]) -> None:
+    from medssl.streams import stream_sources
+
+    fields = tiny.pretraining_only()
+    fields["arms"] = [fields["arms"][0] | changes]
+    study = Study(load(fields), open_store(str(place / "store")))
+    sources = study.sources(study.recipe.arms[0])
+    stream = stream_sources(sources, Decoding(PX, "squash"), seed=1)
+    numbers = sorted(int(number) for batch in stream.iter_batches(batch_format="numpy") for number in batch["row"])
+    assert numbers == shown(sources).tolist() and len(numbers) < sum(source.images for source in sources)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("feeding", ["streaming", pytest.param("resident", marks=pytest.mark.acceptance)])
+def test_a_study_of_a_mix(place: Path, tmp_path: Path, ray_session: Any, feeding: str) -> None:
+    """Streamed, the mix trains on from an encoder taught on the other dataset; resident, another arm and a larger one do."""
     fields = tiny.pretraining_only(study=f"mix-{feeding}")
     fields["images"] = fields["images"] | {"feeding": feeding}
-    mixed = fields["arms"][0]
-    taught = {"objective": {"name": "supervised"}, "mix": [{"dataset": "datasets/more"}]}
-    fields["arms"] = [mixed | {"mix": [{}, {"dataset": "datasets/more", "times": 2}]}]
+    plain = fields["arms"][0]
+    mixed = plain | {"mix": [{}, {"dataset": "datasets/more", "times": 2}]}
+    taught = plain | {"name": "taught", "epochs": 1, "objective": {"name": "supervised"}, "mix": [{"dataset": "datasets/more"}]}
     train = int((datasets(place)[0].index()["split"] == "train").sum())
     steps = (train + 2 * 60) // 24 + 2
     if feeding == "streaming":  # a duration that ends within the second epoch
-        fields["arms"][0] = {name: value for name, value in fields["arms"][0].items() if name != "epochs"} | {"steps": steps}
+        lasting = {name: value for name, value in mixed.items() if name != "epochs"} | {"steps": steps}
+        fields["arms"] = [lasting | {"initial_weights": "arm:taught"}, taught]  # before the arm that it starts from
     else:
-        fields["arms"] += [
-            mixed | {"name": "chain", "initial_weights": "arm:taught", "epochs": 1},  # before the arm that it starts from
-            mixed | {"name": "taught", "epochs": 1} | taught,
-            {"name": "larger", "initial_weights": "arm:chain", "encoder": fields["encoder"] | {"image_px": 40}},
-        ]
-    fields["compute"] = {"workers": 2, "monitor_every_epochs": 1, "concurrent_trials": 1}
+        chain = plain | {"name": "chain", "initial_weights": "arm:taught", "epochs": 1}
+        larger = {"name": "larger", "initial_weights": "arm:chain", "encoder": fields["encoder"] | {"image_px": 40}}
+        fields["arms"] = [mixed, chain, taught, larger]
+    fields["compute"] = {"workers": 2, "monitor_every_epochs": 1, "concurrent_trials": 1, "reading_cpus": 1}
     path, store = str(tiny.write(tmp_path / "study.yaml", fields)), str(place / "store")
 
     def cost(*overrides: str) -> int:
         lines = json.loads(tiny.medssl("plan", path, "--store", store, "--json", *overrides).stdout)
         return int(next(line["images"] for line in lines if line["label"] == "pretrain barlow_twins seed 0"))
 
-    shown = {"resident": 2 * (train + 2 * 60), "streaming": 24 * steps}[feeding]
+    shown, began = {"resident": 2 * (train + 2 * 60), "streaming": 24 * steps}[feeding], time.time()
     assert cost() == shown
     done = tiny.medssl("run", path, "--store", store, "--json")
     assert "2 images of" in done.stderr and "are validation or test images of the study and are left out" in done.stderr
     fewer = {"resident": 2 * (train + 60), "streaming": shown}[feeding]
     assert cost() == 0 and cost("--set", "arms.0.mix.1.times=1") == fewer
+    if feeding == "streaming":
+        _check_steps(open_store(store), steps)
+        shards = len(datasets(place)[0].shards)
+        assert shards > 5 and most_at_once(ray_session, "_decode_shards", began, shards) == 1  # reading_cpus
     report = place / "store" / "studies" / f"mix-{feeding}" / "report.md"
     assert "on 1 x the dataset (train) + 2 x more (train)" in report.read_text()
     assert "2 images of datasets/more are validation or test images of this study too" in report.read_text()
@@ -176,8 +211,16 @@ def test_a_study_of_a_mix(place: Path, tmp_path: Path, feeding: str) -> None:
     assert "non-commercial: more" in made.stdout + made.stderr
     card = next(tmp_path.glob("*.md")).read_text()
     assert "each 2 times an epoch" in card
-    if feeding == "resident":
-        _check_chain(place / "store", report.read_text(), tmp_path, f"mix-{feeding}")
+    _check_chain(place / "store", report.read_text(), tmp_path, f"mix-{feeding}")
+
+
+def _check_steps(store: Store, steps: int) -> None:
+    """Both ranks saw every step of the mix once, with a finite loss."""
+    made = [name for name in finished(store) if name.startswith("pretrain-")]
+    found = [pd.read_parquet(io.BytesIO(store.read(f"artifacts/{name}/history.parquet"))) for name in made]
+    (history,) = [frame for frame in found if frame["step"].max() == steps]
+    assert (history.groupby(["rank", "step"]).size() == 1).all() and set(history["rank"]) == {0, 1}
+    assert len(history) == 2 * steps and np.isfinite(history["loss"]).all()
 
 
 def _check_chain(store: Path, report: str, tmp_path: Path, study: str) -> None:
@@ -191,10 +234,14 @@ def _check_chain(store: Path, report: str, tmp_path: Path, study: str) -> None:
         assert facts["sha256"] == hashlib.sha256(weights).hexdigest()
         assert facts["summary"] == "all weights of pretrain taught seed 0"
     assert starts
-    (larger,) = [json.loads(path.read_text()) for path in store.glob("markers/initialise-*.json")]
-    assert larger["facts"]["initial_weights"]["summary"] == "all weights of pretrain chain seed 0, which started from arm:taught"
+    arms = {path.stem for path in (store / "studies" / study / "arms").glob("*.json")}
+    if "larger" in arms:
+        (larger,) = [json.loads(path.read_text()) for path in store.glob("markers/initialise-*.json")]
+        started = "all weights of pretrain chain seed 0, which started from arm:taught"
+        assert larger["facts"]["initial_weights"]["summary"] == started
     out = tmp_path / "chain.safetensors"
-    tiny.medssl("export", "chain", "--format", "timm", "--out", str(out), "--study", study, "--store", str(store))
+    last = "chain" if "chain" in arms else "barlow_twins"
+    tiny.medssl("export", last, "--format", "timm", "--out", str(out), "--study", study, "--store", str(store))
     card = Path(f"{out}.card.md").read_text()
     assert "for taught, which it started from" in card and "**Non-commercial**: the licence of more" in card
     tiny.medssl("export", "taught", "--format", "timm", "--out", str(out), "--study", study, "--store", str(store))

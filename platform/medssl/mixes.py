@@ -36,7 +36,7 @@ class Source:
     times: int = 1
     """How often an epoch shows each."""
     left_out: tuple[int, ...] = ()
-    """Rows of these splits that are not shown."""
+    """The rows of these splits that are not shown: held back, of other classes, or without the label that a method takes."""
     shards: tuple[Shard, ...] = ()
     """The dataset's shards, for streaming."""
     resident: Mapping[str, Any] | None = None

@@ -20,7 +20,6 @@ from medssl.errors import StoreError
 from medssl.events import Event, OnEvent
 from medssl.leases import Lease, Owner, lease
 from medssl.mixes import Source
-from medssl.protocols import Protocol
 from medssl.results import StudyResult, build_report, load_result, make_current
 from medssl.shifted import ShiftedSet
 from medssl.shifting import features, transfers
@@ -38,7 +37,7 @@ from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec
 from medssl.stages.tracking import check, tell_scores
 from medssl.stages.transfer import TransferTask, run_transfers
 from medssl.stages.trials import concurrent_trials, shared_out
-from medssl.study import Pending, Study
+from medssl.study import Study
 from medssl.training.monitor import Watched, watch_findings
 from medssl.usage import Recorder
 
@@ -138,9 +137,9 @@ class Runner:
     def _sources(self, arm: Arm) -> list[Source]:
         """What an arm's pretraining is shown: streamed, or from resident files that are on every node by now."""
         sources = self.study.sources(arm)
-        for source in sources:
-            if source.left_out:
-                number, whose = len(source.left_out), source.dataset_uri
+        for part, source in zip(self.study.specs.mix(arm), sources, strict=True):
+            if len(part.left_out):
+                number, whose = len(part.left_out), source.dataset_uri
                 text = f"{arm.name}: {number:,} images of {whose} are validation or test images of the study and are left out"
                 self.study.emit(Event("message", text))
         if self.study.recipe.images.feeding == "streaming":
@@ -216,27 +215,24 @@ class Runner:
                 start(partial(self._make, spec, search, emit, arm=task.arm, protocol=task.protocol))
 
     def evaluations(self) -> None:
-        """Evaluates what is missing, protocol by protocol; a probe's head seeds of one cell train together."""
+        """Evaluates what is missing, all protocols at once; a probe's head seeds of one cell train together."""
         study = self.study
-        for protocol in study.recipe.protocols:
-            cells = [c for c in study.specs.cells() if c.protocol.name == protocol.name]
-            pending = [p for c in cells if (p := study.pending(c)) is not None]
-            if pending:
-                self._evaluate(protocol, pending)
-
-    def _evaluate(self, protocol: Protocol, pending: list[Pending]) -> None:
+        pending = [p for cell in study.specs.cells() if (p := study.pending(cell)) is not None]
+        if not pending:
+            return
         self._connect()
         tasks = [
             EvaluateTask(
-                self.context, p.cell.arm.name, protocol.name, p.cell.pretraining_seed, p.cell.label_draw, p.specs,
+                self.context, p.cell.arm.name, p.cell.protocol.name, p.cell.pretraining_seed, p.cell.label_draw, p.specs,
                 p.features.name, p.encoder,
                 p.point,
             )
             for p in pending
         ]  # fmt: skip
         specs = [spec for p in pending for spec in p.specs.values()]
-        label = f"evaluate {protocol.name}"
-        self._stage(label, specs, lambda on_progress: run_evaluations(tasks, self.study.recipe, on_progress))
+        names = list(dict.fromkeys(p.cell.protocol.name for p in pending))
+        label = f"evaluate {' and '.join(names)}" if len(names) < 3 else f"evaluate {len(names)} protocols"
+        self._stage(label, specs, lambda on_progress: run_evaluations(tasks, study.recipe, on_progress))
 
     def transfers(self) -> None:
         """Judges the finished classifiers on the shifted sets."""

@@ -105,11 +105,11 @@ def _decode_shards(
     torch.set_num_threads(1)  # a task has one CPU
     for place, path, rows, first in zip(*(batch[key] for key in ("source", "path", "rows", "first_row")), strict=True):
         source, offset = sources[place], offsets(sources)[place]
-        shard = Shard(str(path), int(rows), int(first))
+        shard, left_out = Shard(str(path), int(rows), int(first)), np.array(source.left_out, np.int64)
         for decoded in decoded_batches(source.dataset_uri, shard, decoding, source.splits):
             numbers, images = decoded["row"] + offset, decoded["image"]
-            if source.left_out:
-                kept = ~np.isin(decoded["row"], source.left_out)
+            if len(left_out):
+                kept = ~np.isin(decoded["row"], left_out)
                 numbers, images = numbers[kept], images[kept]
             yield {"row": numbers, "image": images}
 

@@ -165,7 +165,7 @@ class Study:
             found.append(
                 Source(
                     dataset.uri, len(dataset), part.rows.tolist(), list(part.splits), part.times,
-                    tuple(part.left_out.tolist()), tuple(dataset.shards),
+                    tuple(part.not_shown.tolist()), tuple(dataset.shards),
                 )
             )  # fmt: skip
         return found

@@ -17,7 +17,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from watched import TRAINING_WORKER, alive, family, wait
+from watched import PATIENCE, TRAINING_WORKER, alive, family, wait
 
 from medssl.artifacts import finished, read_marker
 from medssl.store import Store, open_store
@@ -85,13 +85,13 @@ def kill_driver(arguments: list[str], store: Store, step: int, head: int = 0) ->
     driver = subprocess.Popen(
         tiny.command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=tiny.environment()
     )
-    wait(lambda: any(marked >= step for marked in marked_steps(store)), f"a checkpoint of step {step}")
+    wait(lambda: any(marked >= step for marked in marked_steps(store)), f"a checkpoint of step {step}", driver=driver)
     ours = family(driver.pid) + family(head, TRAINING_WORKER)
     trainers = alive(family(driver.pid, TRAINING_WORKER) + family(head, TRAINING_WORKER))
     assert trainers
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    wait(lambda: not alive(trainers), f"the end of the training workers, still there: {alive(trainers)}", 120)
+    wait(lambda: not alive(trainers), f"the end of the training workers, still there: {alive(trainers)}")
     return ours
 
 
@@ -103,17 +103,17 @@ def stop_driver(arguments: list[str], store: Store, log_file: Path) -> int:
     """
     with open(log_file, "w") as log:
         driver = subprocess.Popen(tiny.command(*arguments), stdout=log, stderr=log, env=tiny.environment())
-    wait(lambda: bool(marked_steps(store)), "the first checkpoint")
+    wait(lambda: bool(marked_steps(store)), "the first checkpoint", driver=driver)
     trainers = family(driver.pid, TRAINING_WORKER)
     driver.send_signal(signal.SIGTERM)
-    assert driver.wait(timeout=180) == 143
+    assert driver.wait(timeout=PATIENCE) == 143
     said = log_file.read_text()
     assert "Traceback" not in said
     line = r"medssl: pretrain barlow_twins seed 0 stopped after step (\d+), the last checkpoint is of step (\d+); run the same"
     found = re.search(line, said)
     assert found, said
     assert found.group(1) == found.group(2) and max(marked_steps(store)) == int(found.group(1))
-    wait(lambda: not alive(trainers), f"the end of the training workers: {alive(trainers)}", 120)
+    wait(lambda: not alive(trainers), f"the end of the training workers: {alive(trainers)}")
     return int(found.group(1))
 
 
@@ -129,11 +129,12 @@ def test_a_stopped_run_goes_on_from_the_very_step(ray_session: Any, recipe: Path
     assert marker is not None and marker.facts["resumed_at_step"] == stopped < len(steps) // 2
 
 
-def test_a_run_that_was_stopped_and_killed_goes_on(recipe: Path, calm: Store, tmp_path: Path) -> None:
-    """SIGTERM leaves a checkpoint of the current step, SIGKILL what there is; both times it goes on, as if undisturbed."""
+@pytest.mark.parametrize("stopped_before", [False, pytest.param(True, marks=pytest.mark.acceptance)])
+def test_a_run_that_was_killed_goes_on(recipe: Path, calm: Store, tmp_path: Path, stopped_before: bool) -> None:
+    """SIGKILL leaves the checkpoints that there are, SIGTERM one of the current step; it goes on as if undisturbed."""
     arguments = ["run", str(recipe), "--store", str(tmp_path / "store")]
     store = open_store(str(tmp_path / "store"), create=True)
-    stopped = stop_driver(arguments, store, tmp_path / "log.txt")
+    stopped = stop_driver(arguments, store, tmp_path / "log.txt") if stopped_before else 0
     ours = kill_driver(arguments, store, stopped + 2)
     before = {e.key: store.read(e.key) for e in store.list("markers/")}
     assert any("initialise-" in key for key in before) and not any("pretrain-" in key for key in before)
@@ -143,10 +144,10 @@ def test_a_run_that_was_stopped_and_killed_goes_on(recipe: Path, calm: Store, tm
     assert losses(store) == losses(calm)
     marker = read_marker(store, next(n for n in finished(store) if n.startswith("pretrain-")))
     # its workers may have come to the end before they knew that the killed driver was gone
-    assert marker is not None and marker.facts["resumed_at_step"] >= stopped
+    assert marker is not None and marker.facts["resumed_at_step"] >= stopped + 2
     assert not family(os.getpid(), TRAINING_WORKER)
     assert finished(store) == finished(calm)
-    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}")
 
 
 @pytest.mark.acceptance
@@ -163,7 +164,7 @@ def test_a_killed_run_in_a_cluster_goes_on(recipe: Path, calm: Store, tmp_path: 
     assert {key: store.read(key) for key in before} == before
     assert losses(store) == losses(calm) and finished(store) == finished(calm)
     assert not family(head, TRAINING_WORKER)
-    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}")
 
 
 @pytest.mark.acceptance
@@ -190,7 +191,7 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
 
     with open(tmp_path / "first.txt", "w") as log:
         driver = subprocess.Popen(command, stdout=log, stderr=log, env=tiny.environment())
-    wait(lambda: len({key.split("/")[1] for key in scored()}) == 2, "a finished trial of each search")
+    wait(lambda: len({key.split("/")[1] for key in scored()}) == 2, "a finished trial of each search", driver=driver)
     ours = family(driver.pid, "ImplicitFunc")  # trials; Ray's agents linger
     assert ours
     driver.kill()
@@ -198,7 +199,7 @@ def test_killed_searches_of_two_arms_go_on_and_repeat_no_finished_trial(ray_sess
         with suppress(psutil.NoSuchProcess):
             trial.kill()
     driver.wait()
-    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}", 120)
+    wait(lambda: not alive(ours), f"the end of the run's processes, still there: {alive(ours)}")
     assert "2 searches, 2 at once" in (tmp_path / "first.txt").read_text()
     before = scored()
     assert len(before) < 6 and not [name for name in finished(store) if name.startswith("search-")]

@@ -22,27 +22,21 @@ def assert_no_secret(store: Store) -> None:
         assert ACCESS_KEY.encode() not in body, entry.key
 
 
-def test_ray_data_writes_and_reads(ray_session: Any, s3_store: Store) -> None:
-    filesystem, root = retrying_filesystem(s3_store.uri)
-    ray_session.data.range(1000, override_num_blocks=4).write_parquet(f"{root}/data", filesystem=filesystem)
-    assert len(s3_store.list("data/")) == 4
-    found = ray_session.data.read_parquet(f"{root}/data", filesystem=filesystem)
-    assert sorted(row["id"] for row in found.take_all()) == list(range(1000))
-    assert_no_secret(s3_store)
-
-
-def test_ray_data_through_faults(ray_session: Any, s3_store: Store, fault_proxy: Any) -> None:
+def test_ray_data_writes_and_reads_through_faults(ray_session: Any, s3_store: Store, fault_proxy: Any) -> None:
     filesystem, root = retrying_filesystem(s3_store.uri)
     through_proxy = {"runtime_env": {"env_vars": {"AWS_ENDPOINT_URL": fault_proxy.endpoint}}}
-    fault_proxy.rates = {"503": 0.1, "reset": 0.1, "lost": 0.1, "cut": 0.1}
-    ray_session.data.range(2000, override_num_blocks=8).write_parquet(
+    fault_proxy.rates = {"503": 0.05, "reset": 0.05, "lost": 0.05, "cut": 0.05}
+    ray_session.data.range(2000, override_num_blocks=4).write_parquet(
         f"{root}/data", filesystem=filesystem, ray_remote_args=through_proxy
     )
+    assert len(s3_store.list("data/")) == 4
     found = ray_session.data.read_parquet(f"{root}/data", filesystem=filesystem, ray_remote_args=through_proxy)
     assert sorted(row["id"] for row in found.take_all()) == list(range(2000))
     assert sum(fault_proxy.injected.values()) > 0, "else this test shows nothing"
+    assert_no_secret(s3_store)
 
 
+@pytest.mark.acceptance
 def test_tune_stores_its_state(ray_session: Any, s3_store: Store, tmp_path: Any) -> None:
     from ray import tune
 

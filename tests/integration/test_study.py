@@ -92,12 +92,11 @@ def test_what_is_in_the_store(store: Store) -> None:
     assert not store.list("ray/")
 
 
-def test_histories_hold_every_step_of_every_rank_once(store: Store) -> None:
+def test_histories_hold_every_step_once(store: Store) -> None:
     for name in (n for n in finished(store) if n.startswith("pretrain-")):
         history = pq.read_table(io.BytesIO(store.read(f"artifacts/{name}/history.parquet"))).to_pandas()
         counts = history.groupby(["rank", "step"]).size()
-        assert (counts == 1).all() and set(history["rank"]) == {0, 1}
-        assert history["step"].nunique() * 2 == len(history)
+        assert (counts == 1).all() and set(history["rank"]) == {0}
 
 
 def test_mlflow_was_told_of_losses_trials_and_scores(place: Path, store: Store) -> None:
@@ -330,13 +329,11 @@ def test_a_mended_label_recomputes_what_depends_on_it(place: Path, study: Path, 
 def test_a_study_may_leave_the_test_split_closed(place: Path, study: Path, store: Store) -> None:
     before = finished(store)
     closed = ["--set", "study=closed", "--set", "evaluation_split=val"]
-    tiny.medssl("run", str(study), "--store", str(place / "store"), *closed)
-    made = finished(store) - before
-    assert stages(made) == {"evaluate": 34, "report": 1}
     more = ["--set", "arms.random.pretraining_seeds=3", "--set", "protocols.fine_tune.label_draws=2"]
     tiny.medssl("run", str(study), "--store", str(place / "store"), *closed, *more)
+    made = finished(store) - before
     # one more random encoder: 2 draws x 3 probes of it; fine-tuning keeps to the first seed, and has a second draw
-    assert stages(finished(store) - before - made) == {"initialise": 1, "embed": 1, "evaluate": 6 + 4, "report": 1}
+    assert stages(made) == {"initialise": 1, "embed": 1, "evaluate": 34 + 6 + 4, "report": 1}
     index = open_dataset(str(place / "store" / "datasets" / "lesions")).index()
     judged = set(index[(index["split"] == "val") & index["label"].notna()]["image_id"])
     name = next(name for name in made if name.startswith("evaluate-"))
@@ -373,7 +370,7 @@ def test_weights_go_out_and_come_in_again(place: Path, study: Path, store: Store
     assert "over random" in (place / "encoder.safetensors.card.md").read_text()
     trained = tiny.recipe()["arms"][0] | {"name": "longer", "epochs": 1, "initial_weights": "encoder.safetensors", "surgery": {}}
     arms = [{"name": "given", "initial_weights": str(out)}, trained]
-    path = tiny.write(place / "given.yaml", tiny.pretraining_only(study="given", arms=arms))
+    path = tiny.write(place / "given.yaml", tiny.pretraining_only(study="given", arms=arms, compute=tiny.recipe()["compute"]))
     (place / "store" / "encoder.safetensors").write_bytes(out.read_bytes())
     told = tiny.medssl("run", str(path), "--store", str(place / "store")).stderr
     for arm in ("given", "longer"):

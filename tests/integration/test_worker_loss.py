@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import threading
 import time
@@ -14,14 +15,12 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from watched import TRAINING_WORKER, family, most_at_once
+from watched import TRAINING_WORKER, family
 
 from medssl.artifacts import finished
-from medssl.datasets.dataset import open_dataset
-from medssl.errors import NonFiniteLoss
+from medssl.errors import MedsslError, NonFiniteLoss
 from medssl.recipe_file import load
 from medssl.runner import Runner
-from medssl.stages.ingest import IngestOptions, ingest
 from medssl.store import Store, open_store
 from medssl.study import Study
 
@@ -55,7 +54,7 @@ def checkpoint_steps(store: Store) -> list[int]:
     return sorted(int(key.rpartition("step-")[2].removesuffix(".json")) for key in keys)
 
 
-def once(condition: Callable[[], bool], action: Callable[[], None], seconds: float = 120) -> threading.Thread:
+def once(condition: Callable[[], bool], action: Callable[[], None], seconds: float = 900) -> threading.Thread:
     """A thread that acts as soon as the condition holds."""
 
     def watch() -> None:
@@ -100,6 +99,18 @@ def test_losses_equal_the_undisturbed_run(undisturbed: Any, tmp_path: Path, work
     assert encoders[0] == encoders[1]
 
 
+def test_a_failure_of_one_rank_is_told_and_leaves_no_rank_waiting(undisturbed: Any, tmp_path: Path) -> None:
+    """The other rank is in the middle of a collective, and would wait for half an hour."""
+    store = open_store(str(tmp_path / "store"), create=True)
+    fields = recipe(undisturbed, 2) | {"encoder": {"name": "one_rank:encoder", "image_px": 32}}
+    with pytest.raises(MedsslError, match=r"failed: RuntimeError: this rank's disk is full$"):
+        pretrain(fields, store)
+    (note,) = [entry.key for entry in store.list("artifacts/") if entry.key.endswith("failure.json")]
+    assert "Traceback" in json.loads(store.read(note))["traceback"]
+    assert not family(os.getpid(), TRAINING_WORKER) and not finished(store)
+
+
+@pytest.mark.acceptance
 def test_a_loss_that_is_not_finite_stops_once_and_leaves_no_bad_checkpoint(
     undisturbed: Any, tmp_path: Path
 ) -> None:
@@ -120,20 +131,3 @@ def test_a_loss_that_is_not_finite_stops_once_and_leaves_no_bad_checkpoint(
             import numpy as np
 
             assert all(np.isfinite(t).all() for t in load_tensors(store.read(entry.key)).values())
-
-
-def test_a_streamed_pretraining_sees_every_step_on_every_rank(ray_session: Any, undisturbed: Any, tmp_path: Path) -> None:
-    """feeding: streaming, two ranks; Ray Data reads and decodes the shards anew in each epoch, one at a time where asked."""
-    store = open_store(str(tmp_path / "store"), create=True)
-    fields = recipe(undisturbed, 2, epochs=2) | {"images": {"decode_px": 32, "feeding": "streaming"}}
-    many = tmp_path / "lesions"
-    ingest(undisturbed.table, str(many), IngestOptions(shard_rows=5))
-    fields["dataset"] = dataset = str(many)
-    fields["compute"]["reading_cpus"], began = 1, time.time()
-    pretrain(fields, store)
-    assert most_at_once(ray_session, "_decode_shards", began, 2 * len(open_dataset(dataset).shards)) == 1
-    found = history(store)
-    train = (open_dataset(dataset).index()["split"] == "train").sum()
-    assert found["step"].max() == 2 * (train // fields["arms"][0]["batch_size"])
-    assert (found.groupby(["rank", "step"]).size() == 1).all() and set(found["rank"]) == {0, 1}
-    assert found["loss"].notna().all()

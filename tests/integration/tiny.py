@@ -65,12 +65,12 @@ def recipe(**changes: Any) -> dict[str, Any]:
         ],
         "comparisons": [{"better": "barlow_twins", "than": "random", "protocol": "linear_probe"}],
         "bootstrap": {"replicates": 200},
-        "compute": {"workers": 2, "checkpoint_every_steps": 2, "concurrent_trials": 1},
+        "compute": {"workers": 1, "checkpoint_every_steps": 2, "concurrent_trials": 1},
     } | changes
 
 
 def pretraining_only(**changes: Any) -> dict[str, Any]:
-    """One Barlow Twins encoder and the cheapest evaluation: for tests that disturb the pretraining."""
+    """One Barlow Twins encoder of two workers and the cheapest evaluation: for tests that disturb the pretraining."""
     whole = recipe()
     probe = whole["protocols"][0] | {"head_seeds": 1, "search": {"learning_rate": [0.01], "weight_decay": [0.01]}}
     return (
@@ -80,6 +80,7 @@ def pretraining_only(**changes: Any) -> dict[str, Any]:
             "repeats": {"pretraining_seeds": 1, "label_draws": 1, "labels": 40},
             "protocols": [probe],
             "comparisons": [],
+            "compute": whole["compute"] | {"workers": 2},
         }
         | changes
     )
@@ -114,7 +115,7 @@ def medssl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[s
     return _checked(subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue()), check)
 
 
-def process(*arguments: str, check: bool = True, timeout: float = 600, **changes: str) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, check: bool = True, timeout: float = 900, **changes: str) -> subprocess.CompletedProcess[str]:
     """Runs `medssl ...` as a process with a Ray of its own, some variables of its environment changed."""
     done = subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment(**changes), check=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 import psutil
 
 TRAINING_WORKER = "RayTrainWorker"
+PATIENCE = 900.0
+"""Seconds after which something will not come about any more: a bound for what hangs, not for what is slow."""
 
 
-def wait(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
-    """Fails when something does not come about in time."""
+def wait(
+    condition: Callable[[], bool], what: str, seconds: float = PATIENCE, driver: subprocess.Popen[Any] | None = None
+) -> None:
+    """Fails when something does not come about in time, or when the process that should bring it about has ended."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        assert driver is None or driver.poll() is None or condition(), f"left with {driver.poll()} before {what}"
         time.sleep(0.05)
 
 
@@ -40,7 +46,7 @@ def most_at_once(ray: Any, task: str, since: float, count: int) -> int:
         spans[:] = [(e["ts"], e["ts"] + e["dur"]) for e in events]
         return len(spans) >= count
 
-    wait(told, f"{count} tasks in the timeline", 60)
+    wait(told, f"{count} tasks in the timeline")
     return max(sum(start <= at < stop for start, stop in spans) for at, _ in spans)
 
 

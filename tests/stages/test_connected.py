@@ -25,7 +25,7 @@ def said(cpus: int, **options: Any) -> list[str]:
 
 
 def test_a_free_cluster_is_not_worth_a_word(ray_session: Any) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while ray_session.available_resources().get("CPU", 0) < 6 and time.monotonic() < deadline:
         time.sleep(0.2)  # what earlier tests held is given back
     assert said(4) == []
@@ -42,7 +42,7 @@ def test_a_busy_one_is_named_as_what_the_run_waits_for(ray_session: Any) -> None
     from ray.util.placement_group import placement_group, remove_placement_group
 
     taken = placement_group([{"CPU": 4}])
-    ray_session.get(taken.ready(), timeout=120)
+    ray_session.get(taken.ready(), timeout=600)
     try:
         (line,) = said(2)
     finally:
@@ -72,7 +72,7 @@ def test_nodes_that_come_are_waited_for(ray_session: Any) -> None:
             os.killpg(node.pid, signal.SIGTERM)
             node.wait(60)
     assert lines[0] == "the cluster has not 8 CPUs yet: waiting for its nodes for up to 3 minutes"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while ray_session.cluster_resources().get("CPU", 0) > 6:
         assert time.monotonic() < end, "the further node is still there"
         time.sleep(0.2)

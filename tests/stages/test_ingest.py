@@ -311,7 +311,7 @@ def test_killed_in_mid_ingest_the_old_dataset_is_whole(ray_session: Any, tmp_pat
     address = ray_session.get_runtime_context().gcs_address
     command = as_child(_SLOW_INGEST, address, tmp_path / "table.csv", tmp_path / "out", flag)
     child = subprocess.Popen(command, env=child_environment())
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not flag.exists():
         assert child.poll() is None and time.monotonic() < deadline, "the child never wrote a shard"
         time.sleep(0.05)

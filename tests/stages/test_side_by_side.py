@@ -30,9 +30,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def until(there: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not there():
-        assert time.monotonic() < end, f"waited 120 s for {what}"
+        assert time.monotonic() < end, f"waited 600 s for {what}"
         time.sleep(0.02)
 
 

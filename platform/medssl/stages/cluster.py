@@ -125,6 +125,7 @@ def _start(cpus: int, address: str | None, tell: Callable[[str], None]) -> None:
     theirs = address if address and address != "local" else None
     try:
         if theirs is None:
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains a machine of one's own
             ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
             return
         _require_answer(theirs)

@@ -5,13 +5,15 @@ lost. Checkpoints and metrics are the loop's own, in the artifact's folder: a re
 driver died, finds the last marked checkpoint there and goes on from it.
 
 Ray Train would replay any exception as often as it retries. Only lost processes and lost storage are worth that, so a
-worker turns every other failure into a return value, and leaves a note for its peers, who then fail with it instead of
-waiting in a collective.
+worker that fails for another reason leaves a note. Where all fail, as on a bad setting, each returns it. Where one fails
+alone, its peers may wait for it in a collective that nothing but their end gets them out of (NCCL's never, gloo's for half
+an hour): it raises, Ray Train ends the group, and a group that is started anew finds the note and returns it at once.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +51,9 @@ if TYPE_CHECKING:
 
 _SAMPLE = 32
 _FAILURE_NOTE = "failure.json"
+_FAILED_RANKS = "failed/"
+_PEERS_SECONDS = 10.0
+"""How long a rank that failed waits for the others to fail too."""
 _RESULT = "encoder.safetensors"
 """What later stages depend on; curves and events beside it hold rates and times, which are no content."""
 
@@ -115,6 +120,7 @@ def run_pretrain(
     require_gpus(compute.workers if compute.gpus_per_worker else 0)
     output = folder(store, spec.name)
     output.delete(_FAILURE_NOTE)
+    output.delete_prefix(_FAILED_RANKS)
     with orderly_stop() as wanted, board(on_progress, wanted) as handle:
         uri = initial_weights.uri if initial_weights else None
         seen = asdict(watched) if watched else None
@@ -190,6 +196,8 @@ def _fit(store: Store, name: str, job: Job, datasets: dict[str, Any], compute: C
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
+        if (note := _noted(folder(store, name))) is not None:
+            return note
         causes = [user_error(cause) for cause in getattr(error, "worker_failures", {}).values()]
         told = next((cause for cause in causes if isinstance(cause, MedsslError)), causes[0] if causes else error)
         reason = (str(told).strip().splitlines() or [type(told).__name__])[0]
@@ -209,20 +217,40 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
     job = Job(**config["job"])
     export()
     output = folder(open_store(job.store_uri), job.artifact)
+    if (note := _noted(output)) is not None:
+        return note
     try:
         with telemetry.labelled(**job.said_of):
             return _train(job, output, config["board"])
     except (StoreError, ray.exceptions.RayError):
         raise  # lost storage, lost processes: Ray Train starts the group anew
     except Exception as error:
-        if output.exists(_FAILURE_NOTE):
-            return {"status": "failed", **json.loads(output.read(_FAILURE_NOTE))}
-        if collectives.peer_lost(error):
-            raise
-        note = {"error": _first_line(error), "traceback": traceback.format_exc()}
-        output.write(_FAILURE_NOTE, json.dumps(note).encode())
-        collectives.leave_process_group()  # peers waiting in a collective fail now, find the note and end as well
-        return {"status": "failed", **note}
+        note = _noted(output)
+        if note is None:
+            if collectives.peer_lost(error):
+                raise
+            told = {"error": _first_line(error), "traceback": traceback.format_exc()}
+            output.write(_FAILURE_NOTE, json.dumps(told).encode())
+            note = _noted(output)
+        if note is not None and _all_failed(output, collectives.rank_index(), collectives.world_size()):
+            return note
+        raise
+
+
+def _noted(output: Store) -> dict[str, Any] | None:
+    """What a worker returns where one of them has failed for a reason that a restart would not mend."""
+    return {"status": "failed", **json.loads(output.read(_FAILURE_NOTE))} if output.exists(_FAILURE_NOTE) else None
+
+
+def _all_failed(output: Store, rank: int, world: int) -> bool:
+    """Notes that this rank has failed, and whether all the others do too."""
+    output.write(f"{_FAILED_RANKS}{rank}", b"")
+    end = time.monotonic() + _PEERS_SECONDS
+    while len(output.list(_FAILED_RANKS)) < world:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _train(job: Job, output: Store, handle: Any) -> dict[str, Any]:

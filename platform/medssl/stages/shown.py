@@ -30,6 +30,13 @@ class ShownPart:
     left_out: NDArray[np.int64]
     """Rows of the splits that are not shown, since the study judges or chooses by their images."""
 
+    @property
+    def not_shown(self) -> NDArray[np.int64]:
+        """All rows of the splits that are not shown: `left_out`, those of other classes, and without a label those that need
+        one."""
+        of_splits = self.index.index[self.index["split"].isin(self.splits)].to_numpy(dtype=np.int64)
+        return np.setdiff1d(of_splits, self.rows)
+
 
 def candidates(index: pd.DataFrame, part: MixPart, objective: ObjectiveParams | None) -> NDArray[np.int64]:
     """Rows of the part's splits and classes; for a method that takes labels those whose label it tells apart."""

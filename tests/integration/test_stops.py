@@ -35,10 +35,10 @@ def test_a_stop_that_no_worker_hears_ends_the_run(ray_session: Any, monkeypatch:
     assert wanted.is_set() and 1 <= time.monotonic() - began < 60
 
 
-def test_a_stop_that_comes_with_the_last_step_stops_the_study_and_keeps_the_encoder(ray_session: Any, tmp_path: Path) -> None:
-    tiny.ingest(tmp_path / "drawn", str(tmp_path / "lesions"))
+def test_a_stop_that_comes_with_the_last_step_stops_the_study_and_keeps_the_encoder(undisturbed: Any, tmp_path: Path) -> None:
     repeats = {"pretraining_seeds": 2, "label_draws": 1, "labels": 40}
-    fields = tiny.pretraining_only(dataset=str(tmp_path / "lesions"), repeats=repeats)
+    compute = tiny.recipe()["compute"]
+    fields = tiny.pretraining_only(dataset=undisturbed.dataset, repeats=repeats, compute=compute)
     store, told = open_store(str(tmp_path / "store"), create=True), []
 
     def on_event(event: Event) -> None:
