@@ -22,6 +22,7 @@ def assert_no_secret(store: Store) -> None:
         assert ACCESS_KEY.encode() not in body, entry.key
 
 
+@pytest.mark.acceptance
 def test_ray_data_writes_and_reads_through_faults(ray_session: Any, s3_store: Store, fault_proxy: Any) -> None:
     filesystem, root = retrying_filesystem(s3_store.uri)
     through_proxy = {"runtime_env": {"env_vars": {"AWS_ENDPOINT_URL": fault_proxy.endpoint}}}

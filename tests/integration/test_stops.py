@@ -35,6 +35,7 @@ def test_a_stop_that_no_worker_hears_ends_the_run(ray_session: Any, monkeypatch:
     assert wanted.is_set() and 1 <= time.monotonic() - began < 60
 
 
+@pytest.mark.acceptance
 def test_a_stop_that_comes_with_the_last_step_stops_the_study_and_keeps_the_encoder(undisturbed: Any, tmp_path: Path) -> None:
     repeats = {"pretraining_seeds": 2, "label_draws": 1, "labels": 40}
     compute = tiny.recipe()["compute"]

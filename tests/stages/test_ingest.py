@@ -362,6 +362,7 @@ for table in sys.argv[2:]:
 """
 
 
+@pytest.mark.acceptance
 def test_the_driver_holds_no_images(ray_session: Any, tmp_path: Path) -> None:
     """Four times the images (35 MB more of them) leave the driver's peak memory where it was."""
     rng = np.random.default_rng(0)
