@@ -73,6 +73,30 @@ def test_a_mix_of_some_classes_shows_these_alone(tmp_path: Path) -> None:
     assert [set(part.index.loc[part.rows, "label"]) for part in parts] == [{"a"}, {"b"}] and [p.times for p in parts] == [1, 3]
     with pytest.raises(RecipeError, match="names split 'train' of the study's dataset twice"):
         recipe(TWINS | {"name": "first", "mix": [{"classes": ["a"]}, {"classes": ["a", "b"]}]})
+    for whole in ([{"classes": ["a"]}, {}], [{}, {"classes": ["a"], "splits": ["val", "train"]}]):
+        with pytest.raises(RecipeError, match="names split 'train' of the study's dataset twice"):
+            recipe(TWINS | {"name": "first", "mix": whole})
+
+
+@pytest.mark.parametrize(
+    ("changes", "renamed"),
+    [
+        ({"mix": [{"classes": ["a"]}]}, {"streaming"}),  # a stream once showed all classes
+        ({"mix": [{"classes": ["a"]}, {"dataset": "datasets/x"}]}, {"streaming"}),
+        ({"mix": [{}, {"dataset": "datasets/x"}]}, set()),
+        ({}, set()),
+        ({"mix": [{"classes": ["a"]}, {"classes": ["b"]}], "pairs": "bag"}, {"resident"}),  # each part's bags were its own
+        ({"mix": [{}, {"dataset": "datasets/x"}], "pairs": "bag"}, set()),
+    ],
+)
+def test_what_was_once_shown_otherwise_is_made_anew(tmp_path: Path, changes: dict[str, Any], renamed: set[str]) -> None:
+    study = finished_study.make(tmp_path, {"arms": [{"name": "random"}]})
+    index = study.specs.index
+    for feeding in ("resident",) if "pairs" in changes else ("resident", "streaming"):
+        made = recipe(TWINS | {"name": "first"} | changes, images={"decode_px": 32, "feeding": feeding})
+        specs = type(study.specs)(made, index, study.specs.classes, {}, others={"datasets/x": index})
+        spec = specs.encoder(made.arms[0], 0)
+        assert spec is not None and bool({"streamed", "told_apart"} & set(spec.inputs)) is (feeding in renamed)
 
 
 def test_an_encoder_at_another_size_has_the_seeds_of_the_one_it_is(tmp_path: Path) -> None:

@@ -91,6 +91,14 @@ def test_ids_of_two_datasets_are_never_one_patient_or_bag(tmp_path: Path) -> Non
     assert joined_index([index]).equals(index[["patient_id", "bag_id"]])
 
 
+def test_a_patient_of_two_parts_of_one_dataset_is_one() -> None:
+    index = pd.DataFrame({"patient_id": ["p", "p", None, "q"], "bag_id": ["a", "a", None, "b"], "label": "x"})
+    joined = joined_index([index, index, index], ["one", "other", "one"])
+    bags = Bags.of_index(joined, [0, 3, 4, 9, 11])
+    assert sorted(bags.of(bag) for bag in range(len(bags))) == [[0, 9], [3, 11], [4]]
+    assert len(set(bags.groups.tolist())) == 3
+
+
 def test_images_that_are_held_back_are_found_by_content() -> None:
     index = pd.DataFrame({"sha256": ["a", "b", "c", "d"]})
     assert seen_elsewhere(index, np.array([0, 2, 3]), {"b", "d"}).tolist() == [3]

@@ -111,7 +111,8 @@ class Arm(Params):
         parts = [
             (part.dataset, split, name) for part in self.mix for split in part.splits for name in part.classes or (None,)
         ]
-        twice = next((part for part in parts if parts.count(part) > 1), None)
+        whole = [part[:2] for part in parts if part[2] is None]
+        twice = next((part for part in parts if parts.count(part) > 1 or (part[2] is not None and part[:2] in whole)), None)
         if twice is not None:
             whose = f"of {twice[0]}" if twice[0] else "of the study's dataset"
             raise ValueError(f"arm '{self.name}': mix names split '{twice[1]}' {whose} twice: use times")

@@ -178,7 +178,7 @@ def _check_bags(study: Study, arm: Arm) -> None:
                 f"--{column.removesuffix('_id')}-column, or use pairs: image"
             )
     try:
-        sources = study.sources(arm)
-        Bags.of_index(joined_index([part.index for part in parts]), all_shown(sources)).steps_per_epoch(arm.batch_size)
+        joined = joined_index([part.index for part in parts], [part.dataset for part in parts])
+        Bags.of_index(joined, all_shown(study.sources(arm))).steps_per_epoch(arm.batch_size)
     except MedsslError as error:
         raise RecipeError(f"arm '{arm.name}': {error}") from None

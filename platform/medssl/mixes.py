@@ -54,17 +54,21 @@ def shown(sources: Sequence[Source]) -> NDArray[np.int64]:
     return np.concatenate([np.repeat(np.asarray(s.rows, dtype=np.int64) + offset, s.times) for s, offset in parts])
 
 
-def joined_index(indexes: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def joined_index(indexes: Sequence[pd.DataFrame], datasets: Sequence[str | None] | None = None) -> pd.DataFrame:
     """Patients and bags of all sources' indexes under their common numbers.
 
     Ids of two datasets never mean one patient or bag: those of the second are told apart by its number, and so on.
+
+    Args:
+        datasets: whose index each is, since several parts may be of one; None takes each for another one's.
     """
     import pandas as pd
 
     columns = ["patient_id", "bag_id"]
+    places = range(len(indexes)) if datasets is None else [list(datasets).index(dataset) for dataset in datasets]
     told_apart = [
         index[columns] if not place else index[columns].map(lambda key, at=place: key if pd.isna(key) else f"{at}/{key}")
-        for place, index in enumerate(indexes)
+        for place, index in zip(places, indexes, strict=True)
     ]
     return pd.concat(told_apart, ignore_index=True)
 

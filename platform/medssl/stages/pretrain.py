@@ -315,7 +315,8 @@ def _open_feed(job: Job, plan: PretrainPlan, process: Process) -> Feed:
     opened = [open_resident(**source.resident) for source in job.sources if source.resident is not None]
     images = opened[0] if len(opened) == 1 else JoinedImages(opened) if opened else None
     if plan.pairs == "bag":
-        index = joined_index([open_dataset(source.dataset_uri).index() for source in job.sources])
+        uris = [source.dataset_uri for source in job.sources]
+        index = joined_index([open_dataset(uri).index() for uri in uris], uris)
         bags = Bags.of_index(index, numbers)
         if images is not None:
             return ResidentBagFeed(images, bags, plan.batch_size, plan.seed, process)

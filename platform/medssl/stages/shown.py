@@ -57,6 +57,16 @@ def with_classes(plan: PretrainPlan, parts: Sequence[ShownPart]) -> PretrainPlan
     return plan.model_copy(update={"objective": objective})
 
 
+def shown_otherwise(parts: Sequence[ShownPart], *, streamed: bool, bags: bool) -> dict[str, str]:
+    """What sets apart the name of an encoder that an earlier release, under the same recipe, showed something else."""
+    found = {}
+    if streamed and not bags and any(len(part.not_shown) > len(part.left_out) for part in parts):
+        found["streamed"] = "the chosen images"  # it showed those of all classes
+    if bags and len({part.dataset for part in parts}) < len(parts):
+        found["told_apart"] = "by dataset"  # a patient of two parts was two
+    return found
+
+
 def labels_shown(objective: ObjectiveParams, parts: Sequence[ShownPart]) -> list[int] | None:
     """Place in the classes by image number (see medssl.mixes), -1 for labels that are none; None for a method without labels."""
     if not isinstance(objective, SupervisedParams):

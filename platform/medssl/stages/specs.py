@@ -24,7 +24,7 @@ from medssl.mixes import seen_elsewhere
 from medssl.protocols import Probe, Protocol
 from medssl.recipe import Recipe
 from medssl.shifted import ShiftedSet, shifted_set
-from medssl.stages.shown import ShownPart, candidates, with_classes
+from medssl.stages.shown import ShownPart, candidates, shown_otherwise, with_classes
 from medssl.training.plan import PretrainPlan
 
 # Raised when a stage's numbers change for the same configuration.
@@ -144,6 +144,7 @@ class Specs:
             keys = [part.index.loc[part.rows, ["image_id", "bag_id", "patient_id"]].astype(object) for part in parts]
             lists = [part.where(part.notna(), None).to_numpy().tolist() for part in keys]
             inputs["bags"] = digest_json(lists if arm.mix else lists[0])
+        inputs |= shown_otherwise(parts, streamed=config["feeding"] == "streaming", bags=arm.pairs == "bag")
         return Spec("pretrain", config, inputs, f"pretrain {arm.name} seed {seed}", plan.total_images(images))
 
     def parent_seed(self, parent: Arm, seed: int) -> int:
