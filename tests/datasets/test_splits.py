@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medssl.datasets.leakage import audit_leakage, check_bags
+from medssl.datasets.rowset import build_rows
 from medssl.datasets.splits import group_numbers, make_splits, missing_shares, read_shares
 from medssl.errors import DataError
+from medssl.stages.ingest import IngestOptions
+from medssl.stages.splitting import complete_splits
 
 SPLIT = st.sampled_from(["train", "val", "test"])
 ROW = st.tuples(
@@ -134,6 +137,37 @@ def test_shares_are_read_and_what_is_given_is_whole() -> None:
     assert missing_shares([None, "val"]) == pytest.approx({"train": 2 / 3, "val": 0, "test": 1 / 3})
     assert missing_shares([None, "val", "test"]) == {"train": 1, "val": 0, "test": 0}
     assert missing_shares([None, "train"]) == missing_shares([None]) == {"train": 0.6, "val": 0.1, "test": 0.3}
+
+
+def completed(given_splits: list[str | None], shares: str) -> list[str]:
+    names = [f"{n:03d}.png" for n in range(len(given_splits))]
+    rows = build_rows(names, names, patient_ids=names, labels=[["a"]] * len(names), splits=given_splits)
+    made, _, _ = complete_splits(rows, IngestOptions(shares=read_shares(shares)))
+    return list(made["split"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("whole", "shares", "instead"),
+    [
+        (["test"], "0.7,0.1,0.2", "0.875,0.125,0"),
+        (["val"], "0.6,0.2,0.2", "0.75,0,0.25"),
+        (["val", "test"], "0.7,0.1,0.2", "1,0,0"),
+        (["test"], "0,0,1", "1,0,0"),
+    ],
+)
+def test_shares_add_nothing_to_a_test_or_validation_split_that_is_given(whole: list[str], shares: str, instead: str) -> None:
+    given_splits: list[str | None] = [split for split in whole for _ in range(5)] + [None] * 50
+    with pytest.raises(DataError) as caught:
+        completed(given_splits, shares)
+    said = str(caught.value)
+    assert f"split '{whole[0]}', which is given (5 images)" in said and said.endswith(f"give 0 for it, as in {instead}")
+    assert "\n" not in said
+    splits = completed(given_splits, instead)
+    assert all(splits.count(split) == 5 for split in whole) and splits[:5] == [whole[0]] * 5
+
+
+def test_shares_may_add_to_a_given_training_split() -> None:
+    assert sorted(set(completed(["train"] * 5 + [None] * 50, "0.7,0.1,0.2")[5:])) == ["test", "train", "val"]
 
 
 def test_few_groups_of_many_classes_leave_no_split_empty() -> None:

@@ -96,6 +96,29 @@ def missing_shares(given: Sequence[str | None]) -> dict[str, float]:
     return check_shares({split: share / sum(left.values()) for split, share in left.items()})
 
 
+def asked_shares(shares: Mapping[str, float], given: Sequence[str | None]) -> dict[str, float]:
+    """Shares that somebody asks for, of the rows without a split.
+
+    A test or validation split that somebody gave is whole: scores on it compare with those of others only while nothing is added.
+
+    Raises:
+        DataError: they are no shares, or one above 0 is of a test or validation split that is given.
+    """
+    asked = check_shares(shares)
+    whole = {split: images for split in SPLITS if split != "train" and (images := sum(each == split for each in given))}
+    added = next((split for split in whole if asked[split] > 0), None)
+    if added is None:
+        return asked
+    left = {split: 0.0 if split in whole else share for split, share in asked.items()}
+    total = sum(left.values())
+    instead = {split: share / total for split, share in left.items()} if total > 0 else {"train": 1.0, "val": 0.0, "test": 0.0}
+    images = "1 image" if whole[added] == 1 else f"{whole[added]:,} images"
+    raise DataError(
+        f"the shares add {asked[added]:g} of the other images to split '{added}', which is given ({images}) and stays as it is: "
+        f"give 0 for it, as in {','.join(f'{instead[split]:g}' for split in SPLITS)}"
+    )
+
+
 def check_shares(shares: Mapping[str, float]) -> dict[str, float]:
     """The shares in the order train, val, test; DataError unless they are shares of known splits that sum to 1."""
     unknown = sorted(set(shares) - set(SPLITS))

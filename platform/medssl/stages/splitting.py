@@ -10,7 +10,7 @@ import pyarrow as pa
 from medssl.datasets.findings import finding_strata
 from medssl.datasets.held_out import HeldOut, audit_held_out, held_out_rows, held_out_splits, remaining_shares
 from medssl.datasets.leakage import Leakage, audit_leakage, check_bags
-from medssl.datasets.splits import check_shares, group_numbers, make_splits, missing_shares
+from medssl.datasets.splits import asked_shares, group_numbers, make_splits, missing_shares
 from medssl.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def complete_splits(rows: pa.Table, options: IngestOptions) -> tuple[pa.Table, L
         splits = held_out_splits(patients, bags, names, strata, held, seed=options.seed, shares=options.shares)
         leakage = audit_leakage(patients, bags, splits)
     else:
-        shares = check_shares(options.shares) if options.shares else missing_shares(given)
+        shares = asked_shares(options.shares, given) if options.shares else missing_shares(given)
         splits = make_splits(group_numbers(patients, bags), names, strata, given, seed=options.seed, shares=shares)
     return rows.set_column(rows.schema.get_field_index("split"), "split", pa.array(splits, pa.string())), leakage, shares
 
