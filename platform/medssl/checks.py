@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from medssl.errors import DataError, MedsslError, RecipeError, nearest
@@ -110,13 +111,23 @@ def _check_findings(study: Study, used: Sequence[str]) -> None:
 
 
 def _check_neighbours(study: Study) -> None:
+    """Each bank has k images: of findings those of which one is known, which differ between draws, since these are plain."""
+    specs = study.specs
     for protocol in study.recipe.protocols:
-        drawn = study.specs.labels(study.specs.draw(0, protocol))
-        labelled = len(drawn) if drawn.ndim == 1 else int((drawn != UNKNOWN).sum(axis=0).min())
-        if protocol.kind == "knn" and protocol.probe.k > labelled:
+        if protocol.kind != "knn":
+            continue
+        if not specs.findings:
+            labelled = len(specs.draw(0, protocol))
+            there = f"a draw has {labelled} labelled images"
+        else:
+            draws = range(study.recipe.draws_of(protocol))
+            known_DF = np.stack([(specs.labels(specs.draw(d, protocol)) != UNKNOWN).sum(axis=0) for d in draws])
+            d, f = divmod(int(known_DF.argmin()), len(specs.classes))
+            labelled = int(known_DF[d, f])
+            there = f"label draw {d} has {labelled} images of which finding '{specs.classes[f]}' is known"
+        if protocol.probe.k > labelled:
             raise RecipeError(
-                f"protocol '{protocol.name}': probe.k is {protocol.probe.k}, but a draw has {labelled} labelled images: use "
-                f"{labelled} or less, or more labels"
+                f"protocol '{protocol.name}': probe.k is {protocol.probe.k}, but {there}: use {labelled} or less, or more labels"
             )
 
 

@@ -211,17 +211,18 @@ def leaks(recipe: Recipe) -> list[str]:
 
 
 def neighbour_warnings(recipe: Recipe, specs: Specs) -> list[str]:
-    """Of kNN protocols whose k drowns the rarest class of the first draw."""
+    """Of kNN protocols whose k drowns the rarest class, in the draw that has fewest of one."""
     import torch
 
-    from medssl.probes.knn import k_warning
+    from medssl.probes.knn import k_warning, largest_useful_k
 
-    said = {
-        p.name: k_warning(p.probe.k, torch.from_numpy(specs.labels(specs.draw(0, p))), specs.classes)
-        for p in recipe.protocols
-        if p.kind == "knn"
-    }
-    return [f"{name}: {text}" for name, text in said.items() if text is not None]
+    found = []
+    for p in recipe.protocols:
+        if p.kind == "knn":
+            banks = [torch.from_numpy(specs.labels(specs.draw(d, p))) for d in range(recipe.draws_of(p))]
+            text = k_warning(p.probe.k, min(banks, key=lambda bank: largest_useful_k(bank, len(specs.classes))), specs.classes)
+            found += [] if text is None else [f"{p.name}: {text}"]
+    return found
 
 
 def published_tables(recipe: Recipe) -> list[PublishedFacts]:
