@@ -111,6 +111,49 @@ def test_an_encoder_at_another_size_has_the_seeds_of_the_one_it_is(tmp_path: Pat
         assert spec.stage == "initialise" and spec.inputs["initial_weights"] == start.name
 
 
+@pytest.mark.parametrize(
+    ("seeds", "last", "asked", "words"),
+    [
+        ({"pretraining_seeds": 2}, 3, 3, "starts from arm:larger, which has 2 pretraining seeds for its 3"),
+        ({"pretraining_seeds": 2}, None, 2, None),
+        ({"pretraining_seeds": 1}, 3, 3, None),
+        ({}, None, 3, None),
+        ({"initial_weights": "timm", "objective": None, "epochs": None}, None, 3, None),
+    ],
+    ids=["fewer seeds", "as many seeds", "one start", "seeds of the recipe", "given weights"],
+)
+def test_an_arm_that_pretrains_nothing_has_the_seeds_of_its_parent(
+    tmp_path: Path, seeds: dict[str, Any], last: int | None, asked: int, words: str | None
+) -> None:
+    """Of a chain of three, the one in the middle gives the last as many starts as the first has, whatever its own field says."""
+    larger = {"name": "larger", "initial_weights": "arm:first", "encoder": {"name": "test_resnet", "image_px": 40}}
+    chosen = {key: value for key, value in (TWINS | {"name": "first"} | seeds).items() if value is not None}
+    third = chain(initial_weights="arm:larger", encoder=larger["encoder"], **({"pretraining_seeds": last} if last else {}))
+    repeats = {"pretraining_seeds": asked, "label_draws": 1, "labels": 12}
+    for own in ({}, {"pretraining_seeds": 2}):
+        arms = [third, larger | own, chosen]
+        if words is not None:
+            with pytest.raises(RecipeError, match=words):
+                recipe(*arms, repeats=repeats)
+            continue
+        made = recipe(*arms, repeats=repeats)
+        study = finished_study.make(tmp_path, {"arms": [{"name": "random"}]}, evaluated=False)
+        specs = type(study.specs)(made, study.specs.index, study.specs.classes, {"first": "digest of the given weights"})
+        arm, middle, first = made.arms
+        assert specs.pretraining_seeds(middle) == specs.pretraining_seeds(first)
+        starts = [specs.parent_seed(middle, seed) for seed in specs.pretraining_seeds(arm)]
+        assert len(starts) == asked and (len(set(starts)) in (1, asked)), "all from one, or each from its own"
+
+
+def test_a_size_more_of_an_arm_with_other_seeds_than_the_recipe_says() -> None:
+    larger = {"name": "larger", "initial_weights": "arm:first", "encoder": {"name": "test_resnet", "image_px": 40}}
+    repeats = {"pretraining_seeds": 3, "label_draws": 1, "labels": 12}
+    made = recipe(larger, TWINS | {"name": "first", "pretraining_seeds": 2}, repeats=repeats)
+    assert [made.seeds_of(arm) for arm in made.arms] == [2, 2]
+    with pytest.raises(RecipeError, match="arm 'larger' starts from arm:first, which has 2 pretraining seeds for its 3"):
+        recipe(larger | {"pretraining_seeds": 3}, TWINS | {"name": "first", "pretraining_seeds": 2}, repeats=repeats)
+
+
 def test_reports_and_cards_say_which_classes_were_shown(tmp_path: Path) -> None:
     study = finished_study.make(tmp_path, {"arms": [{"name": "random"}]})
     made = recipe(TWINS | {"name": "first", "mix": [{"classes": ["a"], "splits": ["train", "val"]}]})

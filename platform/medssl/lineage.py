@@ -33,9 +33,8 @@ def check_lineage(recipe: Recipe, arm: Arm) -> None:
     mine, given = (recipe.encoder_of(each).model_copy(update={"image_px": 0}) for each in (arm, parent))
     if mine != given:
         raise ValueError(f"{where}, whose encoder is {given.name} of other fields: give both the same, image_px aside")
-    seeds, theirs = (each.pretraining_seeds or recipe.repeats.pretraining_seeds for each in (arm, parent))
-    if parent.objective is None and parent.initial_weights != "random":
-        theirs = 1
+    # fewer starts than seeds would count pretrainings from one and the same start as independent
+    seeds, theirs = arm.pretraining_seeds or recipe.seeds_of(arm), recipe.seeds_of(parent)
     if theirs not in (1, seeds) and theirs < seeds:
         raise ValueError(f"{where}, which has {theirs} pretraining seeds for its {seeds}: give it one, or {seeds} or more")
 

@@ -264,6 +264,16 @@ class Recipe(Params):
         named = arm.initial_weights.removeprefix(ARM) if arm.initial_weights.startswith(ARM) else None
         return next((each for each in self.arms if each.name == named), None)
 
+    def seeds_of(self, arm: Arm) -> int:
+        """Pretraining seeds of an arm: its parent's where it pretrains nothing itself, and one for features without chance."""
+        parent = self.parent(arm)
+        if arm.objective is None and parent is not None:  # the same encoders at another size
+            return self.seeds_of(parent)
+        alike = arm.objective is None and arm.initial_weights != "random"  # given weights, not trained: one encoder
+        if arm.features == "colour" or alike:
+            return 1
+        return arm.pretraining_seeds or self.repeats.pretraining_seeds
+
     def generation(self, arm: Arm) -> int:
         """Number of arms that have to be pretrained before it."""
         parent = self.parent(arm)

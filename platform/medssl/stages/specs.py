@@ -91,14 +91,8 @@ class Specs:
             self.classes = list(self.recipe.findings.names)
 
     def pretraining_seeds(self, arm: Arm, protocol: Protocol | None = None) -> range:
-        """Seeds of an arm; one for features without chance."""
-        parent = self.recipe.parent(arm)
-        if arm.objective is None and parent is not None:  # the same encoders at another size
-            return self.pretraining_seeds(parent, protocol)
-        alike = arm.objective is None and arm.initial_weights != "random"  # given weights, not trained: one encoder
-        if arm.features == "colour" or alike:
-            return range(1)
-        seeds = arm.pretraining_seeds or self.recipe.repeats.pretraining_seeds
+        """Seeds of an arm, or those of them that a protocol judges."""
+        seeds = self.recipe.seeds_of(arm)
         return range(min(seeds, (protocol and protocol.pretraining_seeds) or seeds))
 
     def cells(self) -> list[Cell]:
