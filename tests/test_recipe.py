@@ -158,6 +158,14 @@ def pretrained(**arm: Any) -> dict[str, Any]:
         ({"objective": {"name": "swav"}, "views": {"preset": "swav"}}, ["small_px 96 is larger than encoder.image_px 64"]),
         ({"further": {"trained": "last_block"}}, ["further is for weights that are given", "initial_weights is random"]),
         ({"surgery": {}}, ["surgery is for weights that are given"]),
+        (
+            {"initial_weights": "timm", "objective": None, "epochs": None, "surgery": {}},
+            ["arm 'bt': surgery precedes a pretraining, and the arm has no objective: add one or leave surgery out"],
+        ),
+        (
+            {"initial_weights": "timm", "objective": None, "epochs": None, "further": {"head_only_epochs": 1}},
+            ["arm 'bt': further says how given weights are pretrained, and the arm has no objective", "or leave further out"],
+        ),
         ({"encoder_parts": 3}, ["encoder_parts 3 does not divide a worker's 4 images"]),
         ({"views": {"preset": "simclrr"}}, ["simclrr", "simclr"]),
         ({"mix": [{"times": 0}]}, ["mix.0.times", "equal to 1", "not 0"]),

@@ -90,9 +90,7 @@ class Arm(Params):
         if self.features == "colour" and (self.objective is not None or self.initial_weights != "random"):
             raise ValueError(f"arm '{self.name}': colour features take no objective, epochs or initial weights")
         self._check_mix()
-        if self.initial_weights == "random" and (self.surgery is not None or self.further != FurtherParams()):
-            field = "surgery" if self.surgery is not None else "further"
-            raise ValueError(f"arm '{self.name}': {field} is for weights that are given, but initial_weights is random")
+        self._check_given_weights()
         if self.objective is not None:
             if self.objective.takes_labels and (self.pairs == "bag" or not self.mix or any(p.dataset is None for p in self.mix)):
                 raise ValueError(
@@ -104,6 +102,16 @@ class Arm(Params):
             except ValueError as error:
                 raise ValueError(f"arm '{self.name}': {error}") from None
         return self
+
+    def _check_given_weights(self) -> None:
+        field = "surgery" if self.surgery is not None else "further" if self.further != FurtherParams() else None
+        if field is None:
+            return
+        if self.initial_weights == "random":
+            raise ValueError(f"arm '{self.name}': {field} is for weights that are given, but initial_weights is random")
+        if self.objective is None:  # the weights would stay as they are, and the arm be compared with itself
+            does = "precedes a pretraining" if field == "surgery" else "says how given weights are pretrained"
+            raise ValueError(f"arm '{self.name}': {field} {does}, and the arm has no objective: add one or leave {field} out")
 
     def _check_mix(self) -> None:
         if self.mix and self.objective is None:
