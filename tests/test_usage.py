@@ -11,6 +11,7 @@ from medssl import usage
 from medssl.cli import main
 from medssl.compute import Compute
 from medssl.events import Event
+from medssl.stages.trials import trials_held
 from medssl.store import Store, open_store
 from medssl.usage import recorded, summed
 
@@ -50,6 +51,33 @@ def test_reserved_hours_by_stage(store: Store, clock: list[float], monkeypatch: 
         "evaluate": {"hours": 0.5, "cpu_hours": 0.5 * 12, "gpu_hours": 0.5 * 3},
         "report": {"hours": 0.25, "cpu_hours": 0.25, "gpu_hours": 0.0},
     }
+
+
+@pytest.mark.parametrize(
+    ("compute", "cpus", "gpus"),
+    [
+        (Compute(gpus_per_worker=1), 8, 8.0),  # 102 trials by the CPUs, of which 94 wait for a GPU
+        (Compute(gpus_per_worker=0.5, trial_cpus=3), 48, 8.0),
+        (Compute(gpus_per_worker=0.6), 8, 4.8),  # no trial takes parts of two GPUs
+        (Compute(gpus_per_worker=1, concurrent_trials=20), 8, 8.0),
+        (Compute(gpus_per_worker=1, concurrent_trials=3), 3, 3.0),
+        (Compute(), 102, 0.0),
+        (Compute(concurrent_trials=500, trial_cpus=4), 104, 0.0),
+    ],
+)
+def test_no_more_is_reserved_than_the_cluster_has(
+    store: Store, clock: list[float], compute: Compute, cpus: float, gpus: float
+) -> None:
+    """Eight nodes of 12 CPUs and a GPU, and one of 8 CPUs."""
+    with recorded(store, "s", compute, lambda event: None) as recorder:
+        recorder.slots = trials_held(compute, {"CPU": 104.0, "GPU": 8.0})
+        for label in ("decode 90 images of squares at 32 px", "evaluate probe"):
+            recorder.on_event(Event("begin", label))
+            clock[0] += 3600
+            recorder.on_event(Event("end", label))
+    (found,) = records(store)
+    assert found["stages"]["evaluate"] == {"hours": 1.0, "cpu_hours": cpus, "gpu_hours": pytest.approx(gpus)}  # type: ignore[index]
+    assert found["stages"]["decode"]["gpu_hours"] == 0, "decoding reserves no GPU"  # type: ignore[index]
 
 
 def test_a_run_that_fails_in_a_stage_is_recorded_up_to_there(store: Store, clock: list[float]) -> None:

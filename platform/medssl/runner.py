@@ -36,7 +36,7 @@ from medssl.stages.side_by_side import SideBySide
 from medssl.stages.specs import TRAIN, VALIDATION, Cell, Spec
 from medssl.stages.tracking import check, tell_scores
 from medssl.stages.transfer import TransferTask, run_transfers
-from medssl.stages.trials import concurrent_trials, shared_out
+from medssl.stages.trials import shared_out, trials_held
 from medssl.study import Study
 from medssl.training.monitor import Watched, watch_findings
 from medssl.usage import Recorder
@@ -335,7 +335,7 @@ class Runner:
             self._stack.enter_context(ray)
             self._is_connected = True
             if self._usage is not None:
-                self._usage.slots = concurrent_trials(compute)
+                self._usage.slots = trials_held(compute)
 
     @cached_property
     def context(self) -> Context:

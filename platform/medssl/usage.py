@@ -25,7 +25,7 @@ from medssl.store import Store
 SUBMITTER_VARIABLE = "MEDSSL_SUBMITTER"
 """Set by `medssl submit`: in a job the user is the cluster's."""
 USAGE = "usage"
-_DRIVER_ONLY = ("report",)
+_DRIVER_ONLY, _WITHOUT_GPU = ("report",), ("decode",)
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Recorder:
 
     compute: Compute
     forward: OnEvent
-    slots: int = 1
-    """Trials at once, once it is known."""
+    slots: int | None = None
+    """Trials that hold their CPUs and GPUs at once, once a cluster is there."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage: the first word of its label."""
     _begun: dict[str, float] = field(default_factory=dict)
@@ -75,8 +75,8 @@ class Recorder:
         if stage == "pretrain":
             gpus = compute.workers if compute.gpus_per_worker else 0
             return float(compute.workers * compute.cpus_per_worker), float(gpus)
-        slots = compute.concurrent_trials or self.slots
-        return float(slots * compute.trial_cpus), slots * compute.gpus_per_worker
+        slots = self.slots or compute.concurrent_trials or 1
+        return float(slots * compute.trial_cpus), 0.0 if stage in _WITHOUT_GPU else slots * compute.gpus_per_worker
 
 
 def _stage(label: str) -> str:

@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
@@ -315,12 +315,25 @@ def shared_out(compute: Compute, wanted: Sequence[int]) -> tuple[int, Compute]:
     return runs, compute.model_copy(update={"concurrent_trials": slots // runs}) if runs > 1 else compute
 
 
-def concurrent_trials(compute: Compute) -> int:
+def concurrent_trials(compute: Compute, cluster: Mapping[str, float] | None = None) -> int:
     """Trials at once: as the recipe says, or what the cores hold beside those kept for reading."""
     if compute.concurrent_trials is not None:
         return compute.concurrent_trials
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    cpus = int((cluster or ray.cluster_resources()).get("CPU", 1))
     return max(1, (cpus - 2) // compute.trial_cpus)
+
+
+def trials_held(compute: Compute, cluster: Mapping[str, float] | None = None) -> int:
+    """Of those, the trials that have their CPUs and GPUs at the same time: the others wait until some are free.
+
+    Args:
+        cluster: its CPUs and GPUs in all; those of the Ray that is connected where it is None.
+    """
+    there = cluster or ray.cluster_resources()
+    fitting = [concurrent_trials(compute, there), int(there.get("CPU", 1)) // compute.trial_cpus]
+    if compute.gpus_per_worker:
+        fitting.append(int(there.get("GPU", 0)) * int(1 / compute.gpus_per_worker))  # a trial's part is of one GPU
+    return max(1, min(fitting))
 
 
 def short_names() -> dict[str, Any]:
