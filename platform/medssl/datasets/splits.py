@@ -112,9 +112,9 @@ def asked_shares(shares: Mapping[str, float], given: Sequence[str | None]) -> di
     left = {split: 0.0 if split in whole else share for split, share in asked.items()}
     total = sum(left.values())
     instead = {split: share / total for split, share in left.items()} if total > 0 else {"train": 1.0, "val": 0.0, "test": 0.0}
-    images = "1 image" if whole[added] == 1 else f"{whole[added]:,} images"
+    there = "1 image" if whole[added] == 1 else f"{whole[added]:,} images"
     raise DataError(
-        f"the shares add {asked[added]:g} of the other images to split '{added}', which is given ({images}) and stays as it is: "
+        f"the shares add {asked[added]:g} of the other images to split '{added}', which is given ({there}) and stays as it is: "
         f"give 0 for it, as in {','.join(f'{instead[split]:g}' for split in SPLITS)}"
     )
 
