@@ -80,6 +80,34 @@ def test_each_protocol_has_its_draws() -> None:
     assert label_curves(specs.recipe, specs) == {"probe": {"probe_10pct": 36, "probe_50pct": 176, "probe_all": 351}}
 
 
+PROBE = {"name": "probe", "kind": "linear_probe", "labels": 40, "label_draws": 1}
+BESIDE = {"name": "beside", "labels": "all", "head_seeds": 1}
+
+
+@pytest.mark.parametrize(
+    ("protocols", "draws"),
+    [
+        ([PROBE, BESIDE | {"kind": "knn"}], 3),
+        ([PROBE, BESIDE | {"kind": "fine_tune"}], 3),
+        ([PROBE, BESIDE | {"kind": "mlp_probe", "probe": {"vary": ["head"]}}], 3),
+        ([PROBE], 5),
+        ([PROBE, BESIDE | {"kind": "knn", "labels": None}], 5),
+    ],
+)
+def test_a_probes_bank_is_not_moved_by_protocols_and_draws_that_use_none(protocols: list[dict[str, Any]], draws: int) -> None:
+    """A pass augments an image by its place in the bank: other rows there are other features, searches and scores."""
+
+    def bank(protocols: list[dict[str, Any]], draws: int) -> tuple[list[int], str, int]:
+        found = recipe(protocols=protocols, repeats={"labels": 40, "label_draws": draws})
+        specs, probe = Specs(found, INDEX, list(COUNTS)), found.protocols[0]
+        assert probe.kind == "linear_probe"
+        return specs.drawn_rows().tolist(), specs.embed(found.arms[1], 0, probe, None).name, specs.embed_images(probe)
+
+    assert bank(protocols, draws) == bank([PROBE], 3)
+    assert bank([PROBE | {"label_draws": None}], 3) != bank([PROBE], 3)
+    assert bank([PROBE, PROBE | {"name": "more", "labels": 80}], 3) != bank([PROBE], 3)
+
+
 def test_the_report_draws_a_curve_through_the_means() -> None:
     points = {"probe_10pct": 36, "probe_50pct": 176, "probe_all": 351}
     means = {"random": [0.3, 0.5, 0.6], "colour": [0.4, 0.45, 0.46]}

@@ -291,9 +291,10 @@ class Specs:
         return self._draw(number, self.recipe.repeats.labels if protocol is None else self.recipe.labels_of(protocol))
 
     def drawn_rows(self) -> NDArray[np.int64]:
-        """Row numbers that are in any draw of any protocol, sorted."""
-        numbers, taken = range(self.recipe.repeats.label_draws), {self.recipe.labels_of(p) for p in self.recipe.protocols}
-        return np.unique(np.concatenate([self._draw(number, labels) for number in numbers for labels in taken]))
+        """Row numbers in any draw of any protocol with a bank, sorted: views depend on the place, so others must not move it."""
+        banked = [p for p in self.recipe.protocols if p.kind != "fine_tune" and p.probe.bank_passes]
+        taken = {(number, self.recipe.labels_of(p)) for p in banked for number in range(self.recipe.draws_of(p))}
+        return np.unique(np.concatenate([self._draw(number, labels) for number, labels in taken]))
 
     def _draw(self, number: int, labels: int | float | None) -> NDArray[np.int64]:
         if (number, labels) not in self._draws:
