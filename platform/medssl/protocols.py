@@ -193,6 +193,11 @@ class FineTune(ProtocolBase):
             )
         return self
 
+    def kept_otherwise(self) -> FineTune:
+        """The same with the other choice of which head seeds leave their weights: searches and head seed 0 come out alike."""
+        other = "first" if self.training.keep_weights == "all" else "all"
+        return self.model_copy(update={"training": self.training.model_copy(update={"keep_weights": other})})
+
 
 Probe = LinearProbe | MlpProbe | Knn
 """Protocols on frozen features."""

@@ -9,7 +9,7 @@ a lease of its name while it runs and each artifact one of its own, since two st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,12 +162,10 @@ class Study:
         found = []
         for part in self.specs.mix(arm):
             dataset = self.dataset if part.dataset is None else self.others[part.dataset]
-            found.append(
-                Source(
-                    dataset.uri, len(dataset), part.rows.tolist(), list(part.splits), part.times,
-                    tuple(part.not_shown.tolist()), tuple(dataset.shards),
-                )
-            )  # fmt: skip
+            found.append(Source(
+                dataset.uri, len(dataset), part.rows.tolist(), list(part.splits), part.times,
+                tuple(part.not_shown.tolist()), tuple(dataset.shards),
+            ))  # fmt: skip
         return found
 
     # -- what there is to do -----------------------------------------------------------------------------------
@@ -190,16 +188,21 @@ class Study:
 
     def features(self, arm: Arm, seed: int, protocol: Protocol) -> Marker | None:
         """What a protocol starts from: features for a probe, the encoder for fine-tuning."""
-        if protocol.kind != "fine_tune":
-            embed = self.embed_spec(arm, seed, protocol)
-            return self.marker(embed) if embed else None
-        encoder = self.specs.encoder(arm, seed)
-        return self.marker(encoder) if encoder else None
+        spec = self.embed_spec(arm, seed, protocol) if protocol.kind != "fine_tune" else self.specs.encoder(arm, seed)
+        return self.marker(spec) if spec else None
 
     def search_spec(self, arm: Arm, protocol: Protocol) -> Spec | None:
         """The search of one arm and protocol; None while its inputs are not there."""
         features = self.features(arm, 0, protocol)
-        return self.specs.search(arm, protocol, features) if features else None
+        return self._alike(lambda p: self.specs.search(arm, p, features), protocol) if features else None
+
+    def _alike(self, spec_of: Callable[[Protocol], Spec], protocol: Protocol) -> Spec:
+        """Of what is alike whichever weights are kept: as the recipe says, or the other where that alone is finished."""
+        asked = spec_of(protocol)
+        if protocol.kind != "fine_tune" or self.is_finished(asked):
+            return asked
+        other = spec_of(protocol.kept_otherwise())
+        return other if self.is_finished(other) else asked
 
     def point(self, arm: Arm, protocol: Protocol) -> dict[str, float] | None:
         """Learning rate and weight decay of an arm under a protocol, once they are known."""
@@ -224,15 +227,15 @@ class Study:
         point = self.point(cell.arm, cell.protocol)
         if features is None or point is None:
             return None
-        return {s: self.specs.evaluate(cell, s, point, features) for s in range(cell.protocol.head_seeds)}
+        specs = {s: self.specs.evaluate(cell, s, point, features) for s in range(1, cell.protocol.head_seeds)}
+        first = self._alike(lambda p: self.specs.evaluate(replace(cell, protocol=p), 0, point, features), cell.protocol)
+        return {0: first, **specs}
 
     def pending(self, cell: Cell) -> Pending | None:
         """What of a cell is to be done; None when nothing is."""
         specs = self.evaluations(cell)
-        features, point = (
-            self.features(cell.arm, cell.pretraining_seed, cell.protocol),
-            self.point(cell.arm, cell.protocol),
-        )
+        features = self.features(cell.arm, cell.pretraining_seed, cell.protocol)
+        point = self.point(cell.arm, cell.protocol)
         if specs is None or features is None or point is None:
             raise StoreError(f"inputs of {cell.label} vanished from the store while the study ran: run it again")
         missing = {seed: spec for seed, spec in specs.items() if not self.is_finished(spec)}
@@ -260,16 +263,14 @@ class Study:
         )
         lines = [replace(self._line(spec, arm), users=used[spec.name]) for arm, _, spec in self.encoders()]
         lines += self._embed_lines()
-        waits = "waits"
         for arm, protocol in self.searches():
             spec = self.search_spec(arm, protocol)
             label, images = f"search {protocol.name} of {arm.name}", self.specs.search_images(protocol)
-            lines.append(self._line(spec, arm) if spec else PlanLine("search", label, waits, images, arm=arm.name))
-        for cell in self.specs.cells():
-            lines.append(self._cell_line(cell))
+            lines.append(self._line(spec, arm) if spec else PlanLine("search", label, "waits", images, arm=arm.name))
+        lines += [self._cell_line(cell) for cell in self.specs.cells()]
         lines += [self._shifted_line(cell, shifted) for shifted in self.specs.shifted.values() for cell in self.specs.cells()]
         name = self.report_name()
-        state = waits if name is None else ("finished" if name in self._finished else "to do")
+        state = "waits" if name is None else ("finished" if name in self._finished else "to do")
         return [*dict.fromkeys(lines), PlanLine("report", "report", state, 0, comparisons=detectable(self))]
 
     def _embed_lines(self) -> list[PlanLine]:
@@ -285,8 +286,7 @@ class Study:
         return [replace(line, users=users) for line, users in Counter(found).items()]
 
     def _line(self, spec: Spec, arm: Arm) -> PlanLine:
-        done = self.is_finished(spec)
-        state, images = ("finished", 0) if done else ("to do", spec.images)
+        state, images = ("finished", 0) if self.is_finished(spec) else ("to do", spec.images)
         return PlanLine(spec.stage, spec.label, state, images, arm=arm.name, artifact=spec.name)
 
     def _cell_line(self, cell: Cell) -> PlanLine:
