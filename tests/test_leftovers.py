@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from tests.finished_study import evaluation, fields, finish, make, write_dataset
+from tests.stages.test_search_rows import Ready
 
 from medssl.artifacts import finished
 from medssl.cli import main
-from medssl.errors import StoreError
+from medssl.errors import DataError, StoreError
 from medssl.leases import lease
 from medssl.leftovers import find_leftovers, needs, remember, remove
+from medssl.networks.encoder import EncoderParams, build_encoder, feature_width, save_weights
+from medssl.protocols import LinearProbe
 from medssl.recipe import Recipe
+from medssl.results import _arm_indexes
 from medssl.shifting import features, transfers
+from medssl.stages.context import Context, Opened
+from medssl.stages.encode import _npy
+from medssl.stages.evaluate import EvaluateTask, evaluate
+from medssl.stages.predict import load_model
 from medssl.store import Store, open_store
 from medssl.study import Study
 
@@ -206,3 +214,48 @@ def test_searches_and_what_is_judged_elsewhere_are_needed_too(tmp_path: Path) ->
 def test_nothing_of_what_is_found_is_of_a_study_that_is_kept(study: Study) -> None:
     found = find_leftovers(study.store)
     assert found.studies == ("finished",) and not found.artifacts and not found.unreadable and not found.running
+
+
+def test_a_head_on_given_weights_predicts_after_its_first_encoder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other pretraining images give weights that are not trained a new artifact of the same content: the evaluation keeps its
+    name, and its file the name of the artifact that was removed."""
+    monkeypatch.chdir(tmp_path)
+    encoder = build_encoder(EncoderParams(name="test_resnet", image_px=32), 0)
+    (tmp_path / "weights.safetensors").write_bytes(save_weights(encoder))
+    given = {"arms": [{"name": "given", "initial_weights": "weights.safetensors"}], "protocols": fields()["protocols"][:1]}
+    study = make(tmp_path, given, evaluated=False)
+    names = []
+    for splits in (["train"], ["train", "val"]):
+        study = again(study.store, **given, pretraining_splits=splits)
+        ((arm, _, spec),) = study.encoders()
+        finish(study, spec, {"encoder.safetensors": save_weights(encoder)})
+        (cell,) = study.specs.cells()
+        assert isinstance(cell.protocol, LinearProbe)
+        embed = study.embed_spec(arm, 0, cell.protocol)
+        assert embed is not None
+        rows = study.specs.index.index.to_numpy()
+        table = np.random.default_rng(0).normal(size=(len(rows), feature_width(encoder)))
+        finish(study, embed, {"rows.npy": _npy(rows), "features.npy": _npy(table.astype(np.float32))})
+        pending = study.pending(cell)
+        assert (pending is None) == bool(names), "the same content, so nothing more is to be evaluated"
+        if pending is not None:
+            opened = Opened(study.store, study.dataset, study.recipe, study.specs, cast(Any, None))
+            context = cast(Context, Ready(opened))
+            evaluate(EvaluateTask(
+                context, "given", "probe", 0, 0, pending.specs, pending.features.name, pending.encoder, pending.point
+            ))  # fmt: skip
+            study.refresh()
+        names.append(spec.name)
+    ((evaluation, *_),) = [list((study.evaluations(cell) or {}).values()) for cell in study.specs.cells()]
+    before = load_model(study.store, evaluation.name)
+    assert gc(study.store, "--delete", capsys=capsys)[0] == 0
+    assert names[0] not in finished(study.store) and {names[1], evaluation.name} <= finished(study.store)
+    with pytest.raises(DataError, match="no finished study names another: run its study again"):
+        load_model(study.store, evaluation.name)
+    index = _arm_indexes(study)["given"]
+    study.store.write("studies/finished/arms/given.json", json.dumps(index).encode())
+    after = load_model(study.store, evaluation.name)
+    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    np.testing.assert_array_equal(after.probabilities(images), before.probabilities(images))

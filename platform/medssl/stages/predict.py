@@ -185,9 +185,7 @@ def load_model(store: Store, name: str) -> Model:
     if facts["kind"] in PROBES:
         probe = PROBES[facts["kind"]].model_validate(facts.get("probe") or {})
         head = load(place.read("head.safetensors"))
-        weights = (
-            folder(store, facts["encoder_artifact"]).read("encoder.safetensors") if facts["encoder_artifact"] else None
-        )
+        weights = _encoder_weights(store, name, facts["encoder_artifact"]) if facts["encoder_artifact"] else None
     else:
         training = FineTuneParams.model_validate(facts.get("training") or {})
         try:
@@ -206,6 +204,32 @@ def load_model(store: Store, name: str) -> Model:
         facts["classes"], facts["features"], params, Decoding(**facts["images"]), encoder, head, probe, training,
         facts.get("temperature"), facts.get("task") == "findings",
     )  # fmt: skip
+
+
+def _encoder_weights(store: Store, name: str, encoder: str) -> bytes:
+    """Weights of the encoder that an evaluation's head was trained on.
+
+    Given weights that are not trained get a new artifact of the same content where a study's pretraining images change, and `gc`
+    removes the one that the evaluation names: a study that has the evaluation names the new one.
+    """
+    prefix = f"{STUDIES}/"
+    if read_marker(store, encoder) is None:
+        for key in (entry.key for entry in store.list(prefix)):
+            if key.removeprefix(prefix).split("/")[1:-1] != ["arms"]:
+                continue
+            index = json.loads(store.read(key))
+            seeds = [str(run["pretraining_seed"]) for run in index["evaluations"] if run["artifact"] == name]
+            present = [found for seed in seeds if (found := index.get("encoders", {}).get(seed)) and read_marker(store, found)]
+            if present:
+                encoder = present[0]
+                break
+    try:
+        return folder(store, encoder).read("encoder.safetensors")
+    except MissingKey:
+        raise DataError(
+            f"the encoder {encoder} of {name} is not in {store.uri} any more, and no finished study names another: run its study "
+            "again"
+        ) from None
 
 
 def _find(
