@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from PIL import Image
 
@@ -30,6 +31,16 @@ from medssl.study import Study
 CLASSES = ("a", "b")
 SHADES = {"a": 60, "b": 200}
 """Grey level of a class's pictures."""
+
+
+def _sheet() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((40, 60, 3), SHADES["a"], np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+SHEET = _sheet()
+"""What a pretraining leaves as its sheet of augmented views: pictures of the dataset."""
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -87,7 +98,8 @@ def make(place: Path, changes: Mapping[str, Any] | None = None, *, evaluated: bo
     if not evaluated:
         return study
     for arm, seed, spec in study.encoders():
-        finish(study, spec, {"encoder.safetensors": f"{arm.name} {seed}".encode()})
+        curves = {"history.parquet": history(), "views.png": SHEET} if spec.stage == "pretrain" else {}
+        finish(study, spec, {"encoder.safetensors": f"{arm.name} {seed}".encode(), **curves})
     rng = np.random.default_rng(0)
     for cell in study.specs.cells():
         if cell.protocol.kind != "fine_tune":
@@ -99,6 +111,15 @@ def make(place: Path, changes: Mapping[str, Any] | None = None, *, evaluated: bo
         for seed, spec in (study.evaluations(cell) or {}).items():
             evaluation(study, spec, seed, rng)
     return study
+
+
+def history() -> bytes:
+    """Curves of a pretraining of two logged steps."""
+    frame = pd.DataFrame({
+        "rank": 0, "step": [1, 2], "epoch": 0, "loss": [2.0, 1.0], "learning_rate": 0.1, "embedding_std": 0.5,
+        "images_per_second": 90.0, "data_wait_share": 0.1,
+    })  # fmt: skip
+    return frame.to_parquet(index=False)
 
 
 def finish(study: Study, spec: Spec, files: Mapping[str, bytes], facts: Mapping[str, Any] | None = None) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tests.finished_study import SHADES, make, pixels
+from tests.finished_study import SHADES, fields, make, pixels
 
 from medssl.datasets.read import stored_images
 from medssl.errors import DataError, RecipeError
+from medssl.leftovers import needs
 from medssl.metrics import average_precision
 from medssl.pictures import MAP_POINTS, confident_mistakes, embedding_maps, tsne
 from medssl.recipe import Recipe
@@ -102,6 +103,25 @@ def test_mistakes_are_the_surest_ones_with_their_own_pictures(place: Path, study
             assert picture.shape == (96, 96, 3)
             assert picture[48, 48].tolist() == [SHADES[mistake.label], int(mistake.image_id), int(mistake.image_id)]
             assert picture[2, 48].tolist() == [0, 0, 0]  # padded, not squashed
+
+
+def test_no_picture_of_the_dataset_stands_in_a_report_that_was_not_told_to_show_them(place: Path) -> None:
+    learner = {"name": "bt", "objective": {"name": "barlow_twins", "projector": [8, 8]}, "epochs": 1, "batch_size": 8}
+    changes = {"arms": [*fields()["arms"], learner], "protocols": fields()["protocols"][:1], "study": "pictured"}
+    for images in (False, True):
+        study = make(place, changes | {"report": {"images": images}})
+        assert [spec.stage for arm, _, spec in study.encoders() if arm.name == "bt"] == ["pretrain"] * 2
+        build_report(study)
+        html = study.store.read("studies/pictured/report.html").decode()
+        assert ("<img" in html) == images
+        for title in ("Augmented views", "The most confident mistakes"):
+            assert (f"<h2>{title}</h2>" in html) == images
+
+
+def test_what_a_report_shows_names_no_artifact_but_the_report(place: Path, study: Study) -> None:
+    shown = make(place, {"report": {"images": True}})
+    assert shown.report_name() != study.report_name()
+    assert needs(shown)[0] - {shown.report_name()} <= needs(study)[0]
 
 
 def test_stored_images_are_those_of_their_rows(study: Study) -> None:

@@ -28,7 +28,8 @@ class ReportParams(Params):
     embedding_map: bool = True
     """t-SNE of the judged images' features, of each arm that a probe judges."""
     images: bool = False
-    """Whether images of the dataset (the errors that were made most confidently) stand in the report."""
+    """Whether images of the dataset stand in the report: the errors that were made most confidently, and the sheets of augmented
+    views, which show a few training images whole."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ReportParams:

@@ -322,7 +322,7 @@ def _report_data(
         **judge(recipe, study.specs, runs),
         embeddings=embedding_maps(study),
         mistakes=confident_mistakes(study, runs, main_protocol),
-        view_sheets=view_sheets(study.store, encoders),
+        view_sheets=view_sheets(study.store, encoders) if recipe.report.images else {},
         recipe_yaml=dump(recipe),
         overrides=study.overrides,
         versions=versions(),

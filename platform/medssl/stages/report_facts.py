@@ -144,7 +144,7 @@ def range_tests(store: Store, encoders: Encoders) -> dict[tuple[str, int], Range
 
 
 def view_sheets(store: Store, encoders: Encoders) -> dict[str, bytes]:
-    """A sheet of augmented views per pretrained arm, of its first seed."""
+    """A sheet of augmented views per pretrained arm, of its first seed: pictures of the dataset's images, whole ones too."""
     sheets: dict[str, bytes] = {}
     for arm, _, spec in encoders:
         if spec.stage == "pretrain" and arm.name not in sheets:
