@@ -12,7 +12,7 @@ from tests.judged_study import CLASSES, index, recipe, study
 
 from medssl.calibration import change_prior, reliability
 from medssl.errors import RecipeError
-from medssl.judging import check_report, judge
+from medssl.judging import check_report, judge, trained_priors
 from medssl.metrics import SCORES
 from medssl.recipe import Recipe
 from medssl.stages.specs import Specs
@@ -94,6 +94,38 @@ def test_another_prior_weighs_images_and_changes_probabilities(made: Any, judged
     expected = np.mean([theirs.balanced_accuracy_score(run.labels_N[weights > 0], p.argmax(1)[weights > 0]) for p in changed])
     assert frame.loc["random", "tune", "balanced_accuracy"]["corrected"] == pytest.approx(expected, abs=1e-9)
     assert frame.loc["random", "probe", "accuracy"]["corrected"] > frame.loc["random", "probe", "accuracy"]["as_it_is"]
+
+
+def over_sampled(recipe: Recipe) -> Recipe:
+    tune = next(p for p in recipe.protocols if p.name == "tune").canonical()
+    assert tune["training"]["class_weights"] == "none"
+    tune["training"] |= {"over_sample": True}
+    probe = next(p for p in recipe.protocols if p.name == "probe").canonical()
+    return Recipe.model_validate(recipe.canonical() | {"protocols": [probe, tune]})
+
+
+def test_over_sampling_shows_classes_evenly_as_class_weights_do(made: Any) -> None:
+    chosen, specs, runs = made
+    found = judge(over_sampled(chosen), specs, runs)
+    run, seen = runs["random", "tune"], np.bincount(specs.labels(specs.draw(0)), minlength=3)
+    assert len(set(seen)) == 3  # so that it matters
+    back = np.mean([reliability(change_prior(p, np.ones(3), seen), run.labels_N).expected_error for p in flat(run)])
+    calibration = found["calibration"].set_index(["arm", "protocol"]).loc["random", "tune"]
+    assert calibration["ece_corrected"] == pytest.approx(back, abs=1e-12)
+    there = np.array([1, 0, 9])
+    weights = np.array([0.1, 0.0, 0.9])[run.labels_N] / np.bincount(run.labels_N)[run.labels_N]
+    changed = [change_prior(p, np.ones(3), there) for p in flat(run)]
+    expected = np.mean([theirs.accuracy_score(run.labels_N, p.argmax(1), sample_weight=weights) for p in changed])
+    row = found["priors"].set_index(["arm", "protocol", "metric"]).loc["random", "tune", "accuracy"]
+    assert row["corrected"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_an_over_sampled_model_that_cannot_tell_says_the_prior_of_where_it_is_used(made: Any) -> None:
+    chosen, _, runs = made
+    tune = next(p for p in over_sampled(chosen).protocols if p.name == "tune")
+    trained = trained_priors(tune, [np.array([90, 10])], runs["random", "tune"])
+    changed = change_prior(np.array([[0.5, 0.5]]), trained[0], np.array([0.9, 0.1]))
+    np.testing.assert_allclose(changed, [[0.9, 0.1]])
 
 
 def test_decision_curve_is_the_mean_of_the_runs(made: Any, judged: dict[str, Any]) -> None:

@@ -114,8 +114,8 @@ def change_prior(probabilities_NK: Float, prior_K: Float, new_prior_K: Float) ->
     taken for it, so that votes of 0 can be weighed.
 
     Args:
-        prior_K: frequencies that the classifier was trained with; what class weights made of them, where it had weights. Of
-            findings (F, 2): how frequent it is that an image does not have each, and that it has.
+        prior_K: frequencies that the classifier was trained with; what class weights or over-sampling made of them, where
+            it had either. Of findings (F, 2): how frequent it is that an image does not have each, and that it has.
         new_prior_K: frequencies there; either may be counts.
 
     Raises:

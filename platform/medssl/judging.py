@@ -124,12 +124,14 @@ def _draw_of_models(run: Runs) -> NDArray[np.int64]:
 
 
 def trained_priors(protocol: Protocol, draws: list[NDArray[np.int64]], run: Runs) -> NDArray[np.float64]:
-    """Class frequencies (M, K) that each run's training saw: even ones under class weights, else those of its label draw."""
+    """Class frequencies (M, K) that each run's training saw: even ones under class weights or over-sampling, else those of its
+    label draw."""
     if protocol.kind == "knn":
         balanced = protocol.probe.balanced
+    elif protocol.kind == "fine_tune":
+        balanced = protocol.training.class_weights == "balanced" or protocol.training.over_sample
     else:
-        training = protocol.training if protocol.kind == "fine_tune" else protocol.probe
-        balanced = training.class_weights == "balanced"
+        balanced = protocol.probe.class_weights == "balanced"
     counts_DK = np.stack(draws).astype(np.float64)
     seen_DK = np.ones_like(counts_DK) if balanced else counts_DK
     return seen_DK[_draw_of_models(run)]
@@ -216,8 +218,8 @@ def _scaled(run: Runs) -> tuple[float, float, float]:
 
 
 def _put_back(run: Runs, draws: list[NDArray[np.int64]], trained_MK: NDArray[np.float64]) -> Iterator[NDArray[np.float64]] | None:
-    """Probabilities (N, K) of each run with the class frequencies of its labelled images, where class weights took them out;
-    None where none did.
+    """Probabilities (N, K) of each run with the class frequencies of its labelled images, where class weights or
+    over-sampling took them out; None where neither did.
     """
     seen_MK = np.stack(draws)[_draw_of_models(run)]
     if np.allclose(_shares(trained_MK), _shares(seen_MK)):

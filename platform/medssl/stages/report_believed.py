@@ -34,8 +34,9 @@ def believed(data: ReportData) -> list[Block | None]:
         )
     if back:
         text += (
-            f" These classifiers were trained with class weights, as if all {'' if data.findings else 'classes '}were equally "
-            "frequent; where they are not, their probabilities cannot fit. The corrected columns and the dashed lines put the "
+            " These classifiers were trained with class weights or over-sampling, as if all "
+            f"{'' if data.findings else 'classes '}were equally frequent; where they are not, their probabilities cannot fit. "
+            "The corrected columns and the dashed lines put the "
             f"{'frequencies of the findings in the' if data.findings else 'class frequencies of the'} "
             "labelled training images back by Bayes' rule, without a look at the judged images."
         )
@@ -171,8 +172,8 @@ def decision_plots(data: ReportData) -> Figure | None:
         f"Decision curves (Vickers and Elkin 2006) for acting on '{curves.class_name}', which {curves.share:.1%} of the "
         f"{data.judged} images are. The threshold is the probability from which one would act: 0.1 says that nine needless "
         "actions cost as much as one that was needed is worth. Net benefit: images rightly acted on, less the needless ones at "
-        "that rate, per image; mean over all runs; where the training had class weights, with the class frequencies of the "
-        "labelled images put back. A classifier is of use where its line is above "
+        "that rate, per image; mean over all runs; where the training had class weights or over-sampling, with the class "
+        "frequencies of the labelled images put back. A classifier is of use where its line is above "
         "both acting on every image and 0, which is acting on none."
     )
     return Figure(caption, panels, legend)

@@ -160,8 +160,8 @@ class UnitFacts:
 
 @dataclass(frozen=True, eq=False)
 class DecisionCurves:
-    """Net benefit of acting on the probability of one class, mean over the runs; class frequencies that class weights took out of
-    the training are put back first."""
+    """Net benefit of acting on the probability of one class, mean over the runs; class frequencies that class weights or
+    over-sampling took out of the training are put back first."""
 
     class_name: str
     share: float
@@ -272,8 +272,8 @@ class ReportData:
     """That `sensitivity` in the class scores is at."""
     calibration: pd.DataFrame = field(default_factory=lambda: empty("calibration"))
     """Mean over the runs: confidence, accuracy, expected calibration error and Brier score; the last two also with the class
-    frequencies of the labelled images put back, NaN where class weights did not take them out, and after temperature scaling, NaN
-    where evaluations have no temperature."""
+    frequencies of the labelled images put back, NaN where neither class weights nor over-sampling took them out, and after
+    temperature scaling, NaN where evaluations have no temperature."""
     reliabilities: Mapping[tuple[str, str], tuple[Reliability, Reliability | None]] = field(default_factory=dict)
     """All runs' predictions together by (arm, protocol): as they are, and with the class frequencies put back."""
     deployment_prior: Mapping[str, float] = field(default_factory=dict)
