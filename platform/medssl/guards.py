@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medssl.artifacts import read_markers
 from medssl.datasets.duplicates import connected, near_pairs
@@ -17,18 +19,18 @@ from medssl.stages.specs import TEST
 if TYPE_CHECKING:
     from medssl.study import Study
 
-def look_alikes(index: pd.DataFrame, split: str) -> tuple[int, int]:
-    """How many images of a split have a copy, byte for byte, and how many a look-alike, among the images of other splits.
+def look_alikes(index: pd.DataFrame, split: str, judged: NDArray[np.int64]) -> tuple[int, int]:
+    """How many of the judged images, rows of a split, have a copy, byte for byte, and how many a look-alike, among the images of
+    other splits.
 
     Look-alikes of look-alikes count, as in `medssl inspect`; copies are look-alikes too.
     """
-    inside = index["split"] == split
-    copies = int(index.loc[inside, "sha256"].isin(set(index.loc[~inside, "sha256"])).sum())
-    judged = inside.to_numpy()
+    inside_N = (index["split"] == split).to_numpy()
+    copies = int(index.loc[judged, "sha256"].isin(set(index.loc[~inside_N, "sha256"])).sum())
+    judged_N = np.isin(np.arange(len(index)), judged)
     near = 0
     for group in connected(near_pairs(index["phash"].tolist(), NEAR_BITS), len(index)):
-        here = int(judged[group].sum())
-        near += here if here < len(group) else 0
+        near += 0 if inside_N[group].all() else int(judged_N[group].sum())
     return copies, max(near, copies)
 
 

@@ -27,7 +27,7 @@ from medssl.comparing import Found, Runs, compare
 from medssl.errors import MissingKey
 from medssl.guards import foreign_look_alikes, look_alikes, look_warnings
 from medssl.judging import judge
-from medssl.metrics import SCORES, UNKNOWN
+from medssl.metrics import SCORES
 from medssl.outside import Outside
 from medssl.pictures import confident_mistakes, embedding_maps, tunings
 from medssl.recipe import Recipe
@@ -35,7 +35,7 @@ from medssl.recipe_file import dump
 from medssl.shifting import shifted_notes, shifted_table, transfers
 from medssl.stages.report import format_result_table, render, result_json
 from medssl.stages.report_data import COLUMNS, Confusion, DatasetFacts, FirstList, ReportData
-from medssl.stages.specs import VERSIONS, Cell, Spec, Specs
+from medssl.stages.specs import VERSIONS, Cell, Spec
 from medssl.statistics import summarise
 from medssl.store import Store
 
@@ -339,23 +339,18 @@ def _report_data(
 
 
 def _own_facts(study: Study) -> DatasetFacts:
-    from medssl.stages.report_facts import dataset_facts
+    from medssl.stages.report_facts import dataset_facts, finding_facts, patients
 
-    copies, alike = look_alikes(study.specs.index, study.recipe.evaluation_split)
-    facts = replace(dataset_facts(study.dataset, study.recipe), copies=copies, look_alikes=alike)
-    return replace(facts, findings=_finding_facts(study.specs)) if study.specs.findings else facts
-
-
-def _finding_facts(specs: Specs) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """Images with each finding, without it, and of which it is not known, by split."""
-    found = {}
-    for split, rows in specs.index.groupby("split").groups.items():
-        labels_NF = specs.labels(rows.to_numpy(dtype=np.int64))
-        with_it, without, unknown = ((labels_NF == label).sum(axis=0) for label in (1, 0, UNKNOWN))
-        found[str(split)] = {
-            name: (int(with_it[f]), int(without[f]), int(unknown[f])) for f, name in enumerate(specs.classes)
-        }
-    return found
+    index, judged = study.specs.index, study.specs.rows(study.recipe.evaluation_split)
+    copies, alike = look_alikes(index, study.recipe.evaluation_split, judged)
+    return replace(
+        dataset_facts(study.dataset, study.recipe),
+        judged_images=len(judged),
+        judged_patients=patients(index.loc[judged, "patient_id"]),
+        copies=copies,
+        look_alikes=alike,
+        findings=finding_facts(study.specs) if study.specs.findings else {},
+    )
 
 
 def _shifted_facts(study: Study) -> list[DatasetFacts]:

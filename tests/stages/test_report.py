@@ -9,12 +9,17 @@ import json
 import re
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from tests.finished_study import fields
+from tests.index_only import write_index
 
+from medssl.recipe import Recipe
+from medssl.results import _own_facts
 from medssl.stages.report import format_result_table, render, result_json
 from medssl.stages.report_data import (
     BOOTSTRAP,
@@ -28,6 +33,8 @@ from medssl.stages.report_data import (
     SameAgainstSame,
 )
 from medssl.stages.report_text import number3, p_value, signed3, some
+from medssl.store import open_store
+from medssl.study import Study
 
 CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 METRICS = ("balanced_accuracy", "accuracy", "f1_macro", "f1_weighted", "auc")
@@ -144,7 +151,8 @@ def fake_data() -> ReportData:
         datasets=[DatasetFacts(
             "skin_ham10000",
             counts={s: {c: round(n * f) for c, f in zip(CLASSES, shares, strict=True)} for s, n in images.items()},
-            groups={"train": 5229, "validation": 1120, "test": 1121}, licence="CC BY-NC 4.0", split_seed=0,
+            groups={"train": 5229, "validation": 1120, "test": 1121},
+            judged_images=1504, judged_patients=1121, licence="CC BY-NC 4.0", split_seed=0,
             digest="images 0a1b2c3d4e5f6071, labels 99aabbccddeeff00",
         )],
         scores=scores, summary=summary_of(scores), comparisons=fake_comparisons(),
@@ -276,7 +284,9 @@ def test_scores_of_the_validation_split_are_called_so(data: ReportData) -> None:
     counts = {named.get(split, split): number for split, number in facts.counts.items()}
     groups = {named.get(split, split): number for split, number in facts.groups.items()}
     closed = dataclasses.replace(
-        data, split="val", datasets=[dataclasses.replace(facts, counts=counts, groups=groups)], notes=[]
+        data, split="val", notes=[], datasets=[dataclasses.replace(
+            facts, counts=counts, groups=groups, judged_images=sum(counts["val"].values()), judged_patients=groups["val"]
+        )],
     )  # fmt: skip
     text = render(closed)["report.md"].decode()
     assert f"{sum(counts['val'].values()):,} validation images of {groups['val']:,} patients" in text
@@ -284,6 +294,20 @@ def test_scores_of_the_validation_split_are_called_so(data: ReportData) -> None:
     assert "Comparisons on the validation split" in text and "linear probe, validation split" in text
     assert "test split" not in text and "test image" not in text
     assert "chosen on other images" in render(data)["report.md"].decode()
+
+
+def test_unlabelled_images_of_the_judged_split_are_neither_judged_nor_a_class(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), create=True)
+    known = ["a", "a", "b", "b"] * 6
+    judged = [*["a"] * 10, *["b"] * 20, *[None] * 70]
+    write_index(store.sub("datasets/squares"), [*known, *known, *judged], ["train"] * 24 + ["val"] * 24 + ["test"] * 100)
+    facts = _own_facts(Study(Recipe.model_validate(fields()), store))
+    assert facts.counts["test"] == {"a": 10, "b": 20, "(no label)": 70}
+    scores = fake_scores()
+    text = render(ReportData("s", scores=scores, summary=summary_of(scores), datasets=[facts]))["report.md"].decode()
+    assert "Measured on 30 test images of 15 patients" in text  # two images each
+    assert "Guessing among 2 classes gives 0.500." in text
+    assert "30 test images of 30 look nearly like images of other splits" in text  # these hashes are all the same
 
 
 def test_plain_words_follow_the_interval(data: ReportData, files: dict[str, bytes]) -> None:
@@ -398,7 +422,7 @@ def test_user_text_is_escaped() -> None:
         view_sheets={nasty: png()}, recipe_yaml=f"a: {nasty}\n```\n</pre><script>", overrides=[nasty],
         versions={nasty: nasty}, hardware=nasty, notes=[nasty], warnings=[nasty],
         feeding=pd.DataFrame({nasty: [nasty]}),
-        datasets=[DatasetFacts(nasty, nasty, {"test": {nasty: 3}}, {"test": 2}, licence=nasty)],
+        datasets=[DatasetFacts(nasty, nasty, {"test": {nasty: 3}}, {"test": 2}, licence=nasty, judged_images=3)],
     )  # fmt: skip
     files = render(data)
     html = files["report.html"].decode()

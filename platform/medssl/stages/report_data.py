@@ -23,6 +23,9 @@ NOT_REPORTED = "planned, not reported"
 """Names in the column `test` of the comparisons: the evidence, the papers' test, that test where nothing differs, the evidence
 that two arms differ by less than a margin, and a claim of the first run that the recipe has no more (a row without numbers)."""
 
+NO_LABEL = "(no label)"
+"""Where images are counted by class, what stands for none."""
+
 COLUMNS: dict[str, tuple[str, ...]] = {
     "scores": ("arm", "protocol", "pretraining_seed", "label_draw", "head_seed", "metric", "value"),
     "summary": (
@@ -88,11 +91,15 @@ class DatasetFacts:
     name: str
     role: str = "pretraining and evaluation"
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Images by split and class (`counts["test"]["nv"]`); unlabelled images under the class name `(no label)`."""
+    """Images by split and class (`counts["test"]["nv"]`); unlabelled images under the class name NO_LABEL."""
     groups: Mapping[str, int] = field(default_factory=dict)
     """Patients by split (each unknown patient counts as one)."""
     evaluated: bool = True
     """Whether scores were measured on it."""
+    judged_images: int = 0
+    """Labelled images of the judged split, on which the scores were measured: those without a label are in `counts` alone."""
+    judged_patients: int = 0
+    """Patients of these images, counted as `groups` are."""
     licence: str = ""
     synthetic: bool = False
     """Drawn by a program: its scores say nothing about patients."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
@@ -17,10 +18,11 @@ from medssl.arms import Arm
 from medssl.artifacts import Marker, folder
 from medssl.datasets.dataset import Dataset
 from medssl.errors import MissingKey
+from medssl.metrics import UNKNOWN
 from medssl.outside import Outside
 from medssl.protocols import Protocol
 from medssl.recipe import Recipe
-from medssl.stages.report_data import COLUMNS, ArmFacts, DatasetFacts, PublishedFacts
+from medssl.stages.report_data import COLUMNS, NO_LABEL, ArmFacts, DatasetFacts, PublishedFacts
 from medssl.stages.specs import VALIDATION, Spec, Specs
 from medssl.store import Store
 from medssl.training.finder import RangeTest
@@ -72,15 +74,12 @@ def _mix(arm: Arm) -> str:
 def dataset_facts(dataset: Dataset, recipe: Recipe) -> DatasetFacts:
     """What the dataset card says, and how many bags have how many images where the recipe pretrains on bags."""
     card, index = dataset.card, dataset.index()
-    labels = index["label"].astype(object).where(index["label"].notna(), "(no label)")
+    labels = index["label"].astype(object).where(index["label"].notna(), NO_LABEL)
     counts = {
         str(s): {str(k): int(v) for k, v in group.value_counts().items()} for s, group in labels.groupby(index["split"])
     }
     unknown = index["patient_id"].isna()
-    groups = {
-        str(split): int(rows["patient_id"].nunique() + rows["patient_id"].isna().sum())
-        for split, rows in index.groupby("split")
-    }
+    groups = {str(split): patients(ids) for split, ids in index.groupby("split")["patient_id"]}
     leakage = card.get("leakage") or {}
     return DatasetFacts(
         name=dataset.name, counts=counts, groups=groups, licence=card.get("licence") or "", synthetic=bool(card.get("synthetic")),
@@ -90,6 +89,23 @@ def dataset_facts(dataset: Dataset, recipe: Recipe) -> DatasetFacts:
         digest=f"images {card['digests']['images'][:16]}, labels {card['digests']['labels'][:16]}",
         bags=bag_counts(recipe, index),
     )  # fmt: skip
+
+
+def patients(ids: pd.Series) -> int:
+    """How many patients these images are of, each unknown one counted as one."""
+    return int(ids.nunique() + ids.isna().sum())
+
+
+def finding_facts(specs: Specs) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Images with each finding, without it, and of which it is not known, by split."""
+    found = {}
+    for split, rows in specs.index.groupby("split").groups.items():
+        labels_NF = specs.labels(rows.to_numpy(dtype=np.int64))
+        with_it, without, unknown = ((labels_NF == label).sum(axis=0) for label in (1, 0, UNKNOWN))
+        found[str(split)] = {
+            name: (int(with_it[f]), int(without[f]), int(unknown[f])) for f, name in enumerate(specs.classes)
+        }
+    return found
 
 
 def bag_counts(recipe: Recipe, index: pd.DataFrame) -> dict[int, int]:

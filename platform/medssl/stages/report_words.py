@@ -13,6 +13,7 @@ from medssl.stages.report_comparisons import ADDED, KEYS, claims, corrected_test
 from medssl.stages.report_data import (
     BOOTSTRAP,
     EQUIVALENCE,
+    NO_LABEL,
     NOT_REPORTED,
     SAME_AGAINST_SAME,
     WELCH,
@@ -222,7 +223,7 @@ def mean_of(data: ReportData, arm: str, protocol: str) -> float:
 
 def basis(data: ReportData) -> list[Text]:
     """On how many images and patients the scores were measured, what the metric means, what the interval covers."""
-    tested = [facts for facts in data.datasets if facts.evaluated and facts.counts.get(data.split)]
+    tested = [facts for facts in data.datasets if facts.evaluated and facts.judged_images]
     texts = [Text(_measured_on(data, facts)) for facts in tested]
     said = meaning(data.main_metric, findings=data.findings)
     classes = max((_class_number(f, data.split) for f in data.datasets if f.evaluated), default=0)
@@ -238,19 +239,18 @@ def basis(data: ReportData) -> list[Text]:
 
 
 def _class_number(facts: DatasetFacts, split: str) -> int:
-    return sum(1 for number in facts.counts.get(split, {}).values() if number > 0)
+    return sum(number > 0 for name, number in facts.counts.get(split, {}).items() if name != NO_LABEL)
 
 
 def _measured_on(data: ReportData, facts: DatasetFacts) -> str:
-    images = sum(facts.counts[data.split].values())
-    who = f" of {plural(facts.groups[data.split], 'patient')}" if facts.groups.get(data.split) else ""
+    who = f" of {plural(facts.judged_patients, 'patient')}" if facts.judged_patients else ""
     apart = (
         "" if facts.leakage_allowed or data.leaks
         else ", none of whom is known to be among the training images" if who and facts.unknown_patients
         else ", none of whom is among the training images" if who
         else ", apart from the training images"
     )  # fmt: skip
-    measured = f"Measured on {plural(images, f'{data.judged} image')}{who}{apart} (dataset {facts.name})."
+    measured = f"Measured on {plural(facts.judged_images, f'{data.judged} image')}{who}{apart} (dataset {facts.name})."
     if data.searches.empty:
         return measured
     which = "other images" if data.split == "test" else "these images too, so the scores are a little too good"
@@ -279,11 +279,10 @@ def cautions(data: ReportData) -> list[Text]:
 
 def _look_alikes(data: ReportData, facts: DatasetFacts) -> list[str]:
     """Where copies or many look-alikes of judged images were trained on."""
-    judged = sum(facts.counts.get(data.split, {}).values())
-    if not facts.copies and facts.look_alikes <= FEW_LOOK_ALIKES * judged:
+    if not facts.copies and facts.look_alikes <= FEW_LOOK_ALIKES * facts.judged_images:
         return []
     return [
-        f"Dataset {facts.name}: {plural(facts.look_alikes, f'{data.judged} image')} of {count(judged)} "
+        f"Dataset {facts.name}: {plural(facts.look_alikes, f'{data.judged} image')} of {count(facts.judged_images)} "
         f"{'looks' if facts.look_alikes == 1 else 'look'} nearly like images of other splits, {count(facts.copies)} of them byte "
         "for byte. Scores may be too high; `medssl inspect` lists them."
     ]
