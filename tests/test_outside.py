@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -137,5 +139,22 @@ def test_the_report_says_where_it_is_from_and_keeps_it(study: Study) -> None:
     text = study.store.read("studies/finished/report.md").decode()
     digest = study.outside["clinic"].digest[:16]
     assert f"2 models (SHA-256 {digest})" in text and "clinic has" not in text
-    kept = study.store.read("studies/finished/outside/clinic.csv")
-    assert kept == Path(study.outside["clinic"].params.predictions).read_bytes()
+    given = Path(study.outside["clinic"].params.predictions).read_bytes()
+    assert hashlib.sha256(given).hexdigest().startswith(digest)
+    kept = pd.read_csv(io.BytesIO(study.store.read("studies/finished/outside/clinic.csv")), dtype={"image_id": str})
+    judged = set(study.specs.index["image_id"].iloc[study.specs.rows("test")])
+    assert set(kept["image_id"]) == judged and len(kept) == 2 * len(judged)
+
+
+@pytest.mark.parametrize("name", ["clinic.csv", "clinic.parquet"])
+def test_what_is_kept_of_a_file_are_the_judged_images_and_what_is_read_of_them(name: str) -> None:
+    table = TABLE.assign(model="m", diagnosis_of="a patient", p_other=[0.1, 0.2, 0.3, 0.4])
+    table = pd.concat([table, table.assign(model="n", p_mel=table["nv"], nv=table["p_mel"])])
+    content = table.to_parquet(index=False) if name.endswith(".parquet") else table.to_csv(index=False).encode()
+    params = OutsideParams(name="clinic", predictions=name)
+    found = read_predictions(params, content, IDS, CLASSES)
+    again = read_predictions(params, found.content, IDS, CLASSES)
+    np.testing.assert_array_equal(again.probabilities_MNK, found.probabilities_MNK)
+    assert found.digest == hashlib.sha256(content).hexdigest()
+    kept = (pd.read_parquet if name.endswith(".parquet") else pd.read_csv)(io.BytesIO(found.content))
+    assert list(kept.columns) == ["image_id", "p_mel", "nv", "model"] and sorted(kept["image_id"]) == sorted(IDS * 2)

@@ -13,7 +13,7 @@ from tests.finished_study import SHADES, fields, make, pixels
 
 from medssl.datasets.read import stored_images
 from medssl.errors import DataError, RecipeError
-from medssl.leftovers import needs
+from medssl.leftovers import needs, remember
 from medssl.metrics import average_precision
 from medssl.pictures import MAP_POINTS, confident_mistakes, embedding_maps, tsne
 from medssl.recipe import Recipe
@@ -122,6 +122,22 @@ def test_what_a_report_shows_names_no_artifact_but_the_report(place: Path, study
     shown = make(place, {"report": {"images": True}})
     assert shown.report_name() != study.report_name()
     assert needs(shown)[0] - {shown.report_name()} <= needs(study)[0]
+
+
+def test_files_of_an_earlier_recipe_go_and_what_is_the_studys_own_stays(place: Path) -> None:
+    clinic = place / "clinic.csv"
+    index = make(place).specs.index
+    pd.DataFrame({"image_id": index["image_id"], "p_a": 0.5, "p_b": 0.5}).to_csv(clinic, index=False)
+    outside = {"arms": [*fields()["arms"], {"name": "clinic", "predictions": str(clinic)}], "study": "changed"}
+    study = make(place, outside)
+    remember(study)
+    saved = study.store.sub("studies/changed")
+    saved.write("usage/20300101T000000Z-00000000.json", b"{}")
+    build_report(study)
+    before = {entry.key for entry in saved.list()}
+    assert {"outside/clinic.csv", "planned.json", "wanted.json", "current.json", "arms/colour.json"} <= before
+    build_report(make(place, {"arms": fields()["arms"][:1], "study": "changed"}))
+    assert {entry.key for entry in saved.list()} == before - {"outside/clinic.csv", "arms/colour.json"}
 
 
 def test_stored_images_are_those_of_their_rows(study: Study) -> None:

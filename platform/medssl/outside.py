@@ -45,10 +45,10 @@ class Outside:
 
     params: OutsideParams
     digest: str
-    """SHA-256 of the file."""
+    """SHA-256 of the file as it was given."""
     probabilities_MNK: NDArray[np.float32]
     content: bytes
-    """The file, to be kept with the report."""
+    """What of the file is kept with the report: the judged images, in the columns that were read."""
 
 
 def split_arms(fields: Any) -> Any:
@@ -83,19 +83,36 @@ def read_predictions(
     found = [
         _model(rows, columns, image_ids, where + (f", model {name}" if name else ""), findings=findings) for name, rows in models
     ]
-    return Outside(params, hashlib.sha256(content).hexdigest(), np.stack(found), content)
+    read = ["image_id", *columns, *([_MODEL] if _MODEL in table else [])]
+    kept = table.loc[_of(table, image_ids), read]  # a file may hold other patients, and more of each, than the study has
+    return Outside(params, hashlib.sha256(content).hexdigest(), np.stack(found), _write_table(params, kept))
 
 
 def _read_table(params: OutsideParams, content: bytes, where: str) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        if params.predictions.endswith(".parquet"):
+        if _is_parquet(params):
             return pd.read_parquet(io.BytesIO(content))
         return pd.read_csv(io.BytesIO(content), dtype={"image_id": str, _MODEL: str})
     except Exception as error:  # pandas and pyarrow raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{where} cannot be read ({reason}): give a CSV file, or a Parquet file that ends in .parquet") from None
+
+
+def _write_table(params: OutsideParams, table: pd.DataFrame) -> bytes:
+    """As the file that the table is from."""
+    written: bytes = table.to_parquet(index=False) if _is_parquet(params) else table.to_csv(index=False).encode()
+    return written
+
+
+def _is_parquet(params: OutsideParams) -> bool:
+    return params.predictions.endswith(".parquet")
+
+
+def _of(table: pd.DataFrame, image_ids: Sequence[str]) -> pd.Series:
+    """Which rows are of these images."""
+    return table["image_id"].astype(str).isin(set(image_ids))
 
 
 def _column(table: pd.DataFrame, name: str, where: str) -> str:
@@ -112,8 +129,8 @@ def _column(table: pd.DataFrame, name: str, where: str) -> str:
 def _model(
     rows: pd.DataFrame, columns: Sequence[str], image_ids: Sequence[str], where: str, *, findings: bool
 ) -> NDArray[np.float32]:
-    ids = rows["image_id"].astype(str)
-    judged = rows[ids.isin(set(image_ids))].set_axis(ids[ids.isin(set(image_ids))], axis=0)
+    mine = rows[_of(rows, image_ids)]
+    judged = mine.set_axis(mine["image_id"].astype(str), axis=0)
     if judged.index.has_duplicates:
         twice = judged.index[judged.index.duplicated()][0]
         raise DataError(f"{where} have image '{twice}' twice: give each image once, or tell models apart in a column '{_MODEL}'")

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 _READERS = 16
 _CURRENT = "current.json"
+_BY_ARM = ("arms/", "outside/")
+"""Where a report's files have names of the recipe: all others are written over by the next report's."""
 _NOT_REPORTED = ("medssl", "medssl_version", "shards", "index")
 """Keys of a dataset card that change without changing what a report says."""
 
@@ -126,8 +128,8 @@ def make_current(store: Store, study: str, name: str, *, anew: bool = False) -> 
     paths = [entry.key for entry in source.list()]
     for path in paths:
         place.write(path, source.read(path))
-    for entry in place.list("arms/"):
-        if entry.key not in paths:  # an arm of an earlier recipe
+    for entry in (entry for prefix in _BY_ARM for entry in place.list(prefix)):
+        if entry.key not in paths:  # of an arm of an earlier recipe
             place.delete(entry.key)
     place.write(_CURRENT, json.dumps({"report": name}).encode())
 
