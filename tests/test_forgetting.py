@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,16 @@ KEY = b"0123456789abcdef0123456789abcdef"
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     made = make(tmp_path)
+    remember(made)
+    return made
+
+
+def elsewhere(near: Study, place: Path, dataset: str = "datasets/circles", **changes: Any) -> Study:
+    """A finished study of another dataset."""
+    if not near.store.exists(f"{dataset}/card.json"):
+        (place / "elsewhere").mkdir()
+        write_dataset(place / "elsewhere", near.store.sub(dataset), blue=90)
+    made = make(place, {"study": "elsewhere", "dataset": dataset} | changes)
     remember(made)
     return made
 
@@ -182,3 +193,42 @@ def test_studies_that_cannot_be_read_are_named(study: Study) -> None:
     done = forget("p3", "datasets/squares", study.store)
     assert set(done.unreadable) == {"other"} and done.studies == ("finished",)
     assert "it cannot be told whether it used them" in done.to_text()
+
+
+@pytest.mark.parametrize("patient", ["p0", "p3"])
+def test_what_starts_from_a_marked_encoder_is_marked_too(tmp_path: Path, patient: str) -> None:
+    """By a chain of two studies of another dataset; where the encoder has not seen the patient, nothing of them is."""
+    pretrained = {"name": "pretrained", "objective": {"name": "simclr"}, "epochs": 1, "batch_size": 8}
+    study = make(tmp_path, {"arms": [pretrained]})
+    remember(study)
+    store, source = study.store, study.encoders()[0][2].name
+    arms = [{"name": "random"}, {"name": "given", "initial_weights": f"artifacts/{source}/encoder.safetensors"}]
+    first = elsewhere(study, tmp_path, arms=arms)
+    given = next(spec.name for arm, _, spec in first.encoders() if arm.name == "given")
+    second = elsewhere(
+        study, tmp_path, study="second", arms=[{"name": "third", "initial_weights": f"artifacts/{given}/encoder.safetensors"}]
+    )
+    own = {spec.name for arm, _, spec in first.encoders() if arm.name == "random"}
+    done = forget(patient, "datasets/squares", store)
+    if patient == "p3":  # a validation patient
+        assert source not in done.artifacts and not done.descended and not set(done.artifacts) & needs(second)[0]
+        return
+    assert done.studies == ("finished",) and done.descended == ("elsewhere", "second")
+    assert "elsewhere, second" in done.to_text() and "initial_weights" in done.to_text()
+    for other, arm in ((first, "given"), (second, "third")):
+        for cell in other.specs.cells():
+            names = {spec.name for spec in (other.evaluations(cell) or {}).values()}
+            assert names and names <= set(done.artifacts) if cell.arm.name == arm else not names & set(done.artifacts)
+    assert given in done.artifacts and not own & set(done.artifacts)
+    assert all(forgotten_note(store, name) for name in done.artifacts)
+
+
+def test_what_starts_from_a_marked_encoder_stays_marked_under_a_name_that_holds(tmp_path: Path) -> None:
+    """A study of the same dataset starts from an encoder that no study names any more: its own names do not change."""
+    study = make(tmp_path)
+    store, source = study.store, study.encoders()[0][2].name
+    given = make(tmp_path, {"arms": [{"name": "given", "initial_weights": f"artifacts/{source}/encoder.safetensors"}]})
+    remember(given)
+    encoder = given.encoders()[0][2].name
+    assert {source, encoder} <= set(forget("p3", "datasets/squares", store).artifacts)
+    assert forgotten_note(store, encoder)

@@ -144,6 +144,24 @@ def test_files_of_a_recipe_are_those_it_was_run_with(
     assert finished(study.store) == before
 
 
+@pytest.mark.parametrize("named", ["key", "uri", "path"])
+def test_an_artifact_that_a_study_starts_from_is_needed_whoever_made_it(
+    study: Study, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, source = study.store, study.encoders()[0][2].name
+    key = f"artifacts/{source}/encoder.safetensors"
+    monkeypatch.chdir(tmp_path)
+    given = {"key": key, "uri": store.uri_of(key), "path": f"store/{key}"}[named]
+    other = make(tmp_path, {"study": "other", "arms": [{"name": "given", "initial_weights": given}]})
+    remember(other)
+    own = needs(other)[0] - {source}
+    monkeypatch.chdir("/")  # gc is run elsewhere
+    assert gc(store, "--drop", "finished", "--delete", capsys=capsys)[0] == 0
+    assert store.exists(key) and own & finished(store) and finished(store) <= own | {source}
+    monkeypatch.chdir(tmp_path)
+    assert {line.state for line in Study(other.recipe, store).plan() if line.stage != "report"} == {"finished"}
+
+
 def test_what_a_run_that_began_meanwhile_needs_stays(study: Study) -> None:
     store = study.store
     again(store, **smaller())

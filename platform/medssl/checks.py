@@ -14,11 +14,13 @@ from medssl.metrics import UNKNOWN
 from medssl.mixes import check_splits, joined_index
 from medssl.mixes import shown as all_shown
 from medssl.objectives import SupervisedParams
+from medssl.stages.initial import given_artifacts, weights_digests
 from medssl.stages.specs import TRAIN, VALIDATION
 
 if TYPE_CHECKING:
     from medssl.arms import Arm
     from medssl.recipe import Recipe
+    from medssl.store import Store
     from medssl.study import Study
 
 
@@ -33,6 +35,16 @@ def check_study(study: Study) -> None:
     check_report(study.recipe, study.specs)
     _check_shifted(study)
     _check_pretrainings(study)
+
+
+def digests_of_files(recipe: Recipe, store: Store) -> dict[str, dict[str, str]]:
+    """What files a recipe names: digests of the weights that arms start from and of the sources of a user's own encoders, and
+    the store's artifacts in whose folders files lie."""
+    return {
+        "weights": weights_digests(recipe, store),
+        "encoders": own_encoders(recipe),
+        "artifacts": given_artifacts(recipe, store),
+    }
 
 
 def own_encoders(recipe: Recipe) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 The dataset is written anew without them, shard by shard, and its card last: until then it is whole as it was. Every artifact of
 every study of the store that was made with them (and would have another name without), and every one that no study names any
-more, gets a mark, since weights, features and scores cannot be freed of single images: `predict` and `export` say so, the next
-run makes everything anew under new names, and `medssl gc --delete` then removes the old. Copies outside the store are not
-reached: downloads, exports, decoded images in the nodes' caches; what is said at the end names them.
+more, gets a mark, since weights, features and scores cannot be freed of single images; so does what started from the file of a
+marked artifact, in whatever study. `predict` and `export` say so, the next run makes everything anew under new names, and
+`medssl gc --delete` then removes the old. Copies outside the store are not reached: downloads, exports, decoded images in the
+nodes' caches; what is said at the end names them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import io
 import json
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +33,9 @@ from medssl.datasets.pseudonyms import pseudonym
 from medssl.datasets.shards import SHARDS, ShardEntry, publish_shard
 from medssl.errors import DataError, MedsslError
 from medssl.leases import Lease, lease
-from medssl.leftovers import needs, stored_study
+from medssl.leftovers import made, stored_study
 from medssl.store import Store
+from medssl.study import Study
 
 PACKED = "packed"
 
@@ -47,6 +50,8 @@ class Forgotten:
     """Marked."""
     studies: tuple[str, ...]
     """Whose reports may still show the images, and have to be run again."""
+    descended: tuple[str, ...]
+    """Those with arms whose `initial_weights` name the file of a marked artifact."""
     unreadable: dict[str, str]
     """Studies of which it cannot be told whether they used the dataset, and why."""
 
@@ -59,6 +64,8 @@ class Forgotten:
         lines = [f"{self.images} images removed from {self.dataset}; {len(self.artifacts)} artifacts marked"]
         if self.studies:
             lines.append(f"run again, then `medssl gc --delete`: {', '.join(self.studies)}")
+        if self.descended:
+            lines.append(f"start from files of marked artifacts, give them others (initial_weights): {', '.join(self.descended)}")
         lines += [f"study {name}: it cannot be told whether it used them ({why})" for name, why in self.unreadable.items()]
         return "\n".join([*lines, "not reached: originals, downloads, exports, and decoded images in each node's MEDSSL_CACHE"])
 
@@ -85,23 +92,48 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
             raise DataError(f"no image in {found.uri} is of this patient{hint}")
         if len(gone) == len(found):
             raise DataError(f"all images in {found.uri} are of this patient: delete the folder")
-        used, elsewhere, studies, unreadable = _derived(found, store)
-        for study in sorted(studies):  # a run that has the images in its memory would publish what nobody marks
+        uses, unreadable = _uses(found, store)
+        own, elsewhere = _names(uses, of_dataset=True), _names(uses, of_dataset=False)
+        # What no study names is of recipes since changed: it may know the images, and a mark too many is no harm.
+        artifacts = _with_descent(own | finished(store) - elsewhere, uses)
+        # A run that has the images in its memory, or weights that know them, would publish what nobody marks.
+        for study in (use.study for use in uses if use.of_dataset or use.descends(artifacts)):
             stack.enter_context(lease(store, f"study-{study}", wait=False))
         store.delete_prefix(PACKED)  # copies for streamed bags, of whatever images there once were: made again when needed
-        # What no study names is of recipes since changed: it may know the images, and a mark too many is no harm.
-        artifacts = used | finished(store) - elsewhere
+        artifacts = _with_descent(artifacts | finished(store) - elsewhere, uses)  # with what was made until the leases were there
         _mark(store, found, len(gone), artifacts)  # before the images go: a removal may be broken off
         _rewrite(found, gone, held)
-        for same in artifacts & _derived(open_dataset(found.uri), store)[0]:  # of other images: it is what it would be made again
+        uses = _uses(open_dataset(found.uri), store)[0]
+        # Named as before, it is of other images and what it would be made again; but not where it starts from what is not.
+        named = _names(uses, of_dataset=True) | _names(uses, of_dataset=False)
+        kept = _with_descent(artifacts - named, uses)
+        for same in artifacts - kept:
             store.delete(f"{FORGOTTEN}/{same}.json")
-            artifacts.remove(same)
-    return Forgotten(found.uri, len(gone), tuple(sorted(artifacts)), tuple(sorted(studies)), unreadable)
+    studies = tuple(use.study for use in uses if use.of_dataset)
+    descended = tuple(use.study for use in uses if use.descends(kept))
+    return Forgotten(found.uri, len(gone), tuple(sorted(kept)), studies, descended, unreadable)
 
 
-def _derived(dataset: Dataset, store: Store) -> tuple[set[str], set[str], set[str], dict[str, str]]:
-    """Artifacts of studies that know the dataset and of others, the former studies, and studies that cannot be read."""
-    used, elsewhere, studies, unreadable = set[str](), set[str](), set[str](), dict[str, str]()
+@dataclass(frozen=True)
+class _Use:
+    """What a study has made, and of what."""
+
+    study: str
+    of_dataset: bool
+    """Whether the study knows the dataset."""
+    artifacts: set[str]
+    """All that it names and has finished."""
+    descent: dict[str, set[str]]
+    """Of those what was made from an artifact that an arm names by a file, by that artifact."""
+
+    def descends(self, artifacts: set[str]) -> bool:
+        """Whether something of it was made from one of these artifacts, which it names by a file."""
+        return not artifacts.isdisjoint(self.descent)
+
+
+def _uses(dataset: Dataset, store: Store) -> tuple[list[_Use], dict[str, str]]:
+    """What each study has made, in the order of their names, and the studies that cannot be read."""
+    uses, unreadable = list[_Use](), dict[str, str]()
     for name in sorted({entry.key.split("/")[1] for entry in store.list(f"{STUDIES}/") if entry.key.count("/") >= 2}):
         try:
             study = stored_study(store, name)
@@ -110,13 +142,39 @@ def _derived(dataset: Dataset, store: Store) -> tuple[set[str], set[str], set[st
             continue
         if study is None:
             continue
-        artifacts = {each for each in needs(study)[0] if study.is_finished_name(each)}
-        if dataset.uri in {study.dataset.uri, *(other.uri for other in study.others.values())}:
-            studies.add(name)
-            used |= artifacts
-        else:
-            elsewhere |= artifacts
-    return used, elsewhere, studies, unreadable
+        of_dataset = dataset.uri in {study.dataset.uri, *(other.uri for other in study.others.values())}
+        descent = {each: _finished(study, _starting_from(study, each)) for each in set(study.files["artifacts"].values())}
+        uses.append(_Use(name, of_dataset, _finished(study), descent))
+    return uses, unreadable
+
+
+def _finished(study: Study, arms: set[str] | None = None) -> set[str]:
+    return {name for name in made(study, arms)[0] if study.is_finished_name(name)}
+
+
+def _starting_from(study: Study, artifact: str) -> set[str]:
+    """Arms that start from an artifact's file, themselves or by another arm."""
+    files, found = study.files["artifacts"], set[str]()
+    for arm in study.recipe.arms:
+        first, parent = arm, study.recipe.parent(arm)
+        while parent is not None:
+            first, parent = parent, study.recipe.parent(parent)
+        if files.get(first.name) == artifact:
+            found.add(arm.name)
+    return found
+
+
+def _names(uses: Iterable[_Use], *, of_dataset: bool) -> set[str]:
+    return set[str]().union(*(use.artifacts for use in uses if use.of_dataset == of_dataset))
+
+
+def _with_descent(artifacts: set[str], uses: Sequence[_Use]) -> set[str]:
+    """These, what was made from them by their files, and so on."""
+    while True:
+        further = set[str]().union(*(made for use in uses for source, made in use.descent.items() if source in artifacts))
+        if further <= artifacts:
+            return artifacts
+        artifacts = artifacts | further
 
 
 def _mark(store: Store, dataset: Dataset, images: int, artifacts: set[str]) -> None:

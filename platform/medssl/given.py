@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
 
-from medssl.errors import DataError, MissingKey, RecipeError
-from medssl.store import Store, open_store
+from medssl.artifacts import ARTIFACTS
+from medssl.errors import DataError, MissingKey, RecipeError, StoreError
+from medssl.store import Store, open_store, split_uri
 
 
 def read_given(given: str, store: Store, what: str) -> bytes:
@@ -29,6 +31,28 @@ def read_given(given: str, store: Store, what: str) -> bytes:
     if path.is_absolute() or ".." in path.parts:
         raise DataError(f"{what}: there is no such file")
     return _read_key(store, path.as_posix(), f"{what}: there is no such file in {Path.cwd()} or in {store.uri}")
+
+
+def artifact_of(given: str, store: Store) -> str | None:
+    """Name of the artifact in whose folder of `store` a file lies that `read_given` would read; None where in none."""
+    scheme, root = split_uri(store.uri)
+    path = Path(given).expanduser()
+    try:
+        if "://" in given:
+            of, place = split_uri(given)
+        elif path.is_absolute() or path.is_file():
+            of, place = "file", str(path.absolute())
+        else:
+            of, place = scheme, f"{root}/{given}"
+    except StoreError:  # of no kind that is read
+        return None
+    if of == "file":  # the same folder by other ways: links, ..
+        root, place = os.path.realpath(root), os.path.realpath(place)
+    inside = PurePosixPath(place)
+    if of != scheme or not inside.is_relative_to(root):
+        return None
+    parts = inside.relative_to(root).parts
+    return parts[1] if len(parts) > 2 and parts[0] == ARTIFACTS else None
 
 
 def _read_key(place: Store, key: str, absent: str) -> bytes:

@@ -9,7 +9,7 @@ dropped. Datasets are never touched.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from medssl.errors import LeaseHeld, MedsslError, MissingKey, RecipeError, Store
 from medssl.leases import lease
 from medssl.recipe import Recipe
 from medssl.shifting import features, transfers
+from medssl.stages.initial import given_artifacts
 from medssl.stages.specs import VERSIONS, Spec
 from medssl.store import Store
 from medssl.study import Study
@@ -140,15 +141,29 @@ def remove(store: Store, found: Leftovers) -> int:
 
 
 def needs(study: Study) -> tuple[set[str], bool]:
-    """Names of all artifacts that a study has or will have, as far as they are known; and whether all are."""
-    specs: list[Spec | None] = [spec for _, _, spec in study.encoders()]
-    recipe = study.recipe
+    """Names of all artifacts that a study has, will have, or starts from, as far as they are known; and whether all are."""
+    names, complete = made(study)
+    names |= set(study.files["artifacts"].values())
+    current = _current_report(study)
+    return names | ({current} if current is not None else set()), complete
+
+
+def made(study: Study, arms: Collection[str] | None = None) -> tuple[set[str], bool]:
+    """Names of all artifacts that a study makes (of these arms: the others' are left out), as far as they are known; and whether
+    all are."""
+    recipe, specs = study.recipe, list[Spec | None]()
+    chosen = [arm for arm in recipe.arms if arms is None or arm.name in arms]
+    for arm in chosen:
+        if arm.features == "encoder":
+            specs += [study.specs.encoder(arm, seed) for seed in study.specs.pretraining_seeds(arm)]
     for protocol in recipe.protocols:
-        for arm in recipe.arms:
+        for arm in chosen:
             if protocol.kind != "fine_tune" and recipe.judges(protocol, arm):
                 specs += [study.embed_spec(arm, seed, protocol) for seed in study.specs.pretraining_seeds(arm, protocol)]
-    specs += [study.search_spec(arm, protocol) for arm, protocol in study.searches()]
+    specs += [study.search_spec(arm, protocol) for arm, protocol in study.searches() if arm in chosen]
     for cell in study.specs.cells():
+        if cell.arm not in chosen:
+            continue
         evaluations = study.evaluations(cell)
         specs += [None] if evaluations is None else list(evaluations.values())
         for shifted in study.specs.shifted.values():
@@ -157,10 +172,8 @@ def needs(study: Study) -> tuple[set[str], bool]:
             if cell.protocol.kind != "fine_tune":
                 specs.append(features(study, cell.arm, cell.pretraining_seed, shifted))
     names = {spec.name for spec in specs if spec is not None}
-    for report in (study.report_name(), _current_report(study)):
-        if report is not None:
-            names.add(report)
-    return names, None not in specs
+    report = study.report_name()  # of all arms, whichever are asked for
+    return names | ({report} if report is not None else set()), None not in specs
 
 
 def _current_report(study: Study) -> str | None:
@@ -177,6 +190,8 @@ def stored_study(store: Store, name: str) -> Study | None:
         kept = json.loads(place.read(WANTED))
         recipe = Recipe.model_validate(kept["recipe"])
         files = {name: dict(kept["files"][name]) for name in ("weights", "encoders")}
+        # Kept since a relative path is of the folder where the study was run; earlier versions kept none.
+        files["artifacts"] = dict(kept["files"].get("artifacts", given_artifacts(recipe, store)))
     except MissingKey:
         if not place.exists("planned.json"):
             return None

@@ -17,7 +17,7 @@ from typing import Any
 
 from medssl.arms import Arm
 from medssl.artifacts import Marker, finished, read_marker, read_markers
-from medssl.checks import check_study, own_encoders
+from medssl.checks import check_study, digests_of_files
 from medssl.claims import Detectable, detectable
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.errors import DataError, RecipeError, StoreError
@@ -32,7 +32,6 @@ from medssl.recipe_file import load
 from medssl.results import StudyResult, report_name
 from medssl.shifted import ShiftedSet
 from medssl.shifting import artifact_names, transfers
-from medssl.stages.initial import weights_digests
 from medssl.stages.specs import Cell, Spec, Specs
 from medssl.store import Store, open_for_writing
 from medssl.usage import recorded
@@ -102,8 +101,8 @@ class Study:
                 where, what = ("mix", "leave `dataset` out of that part of mix") if name in mixed else ("shifted", "name another")
                 raise RecipeError(f"{where} names {name}, the study's own dataset: {what}")
         others = {name: dataset.index() for name, dataset in self.others.items()}
-        self.files = files or {"weights": weights_digests(recipe, store), "encoders": own_encoders(recipe)}
-        """Digests of weights by arm, and of the sources of a user's own encoders."""
+        self.files = files or digests_of_files(recipe, store)
+        """Digests of weights by arm, and of the sources of a user's own encoders; artifacts that arms name by a file."""
         self.specs = Specs(
             recipe, self.dataset.index(), self.dataset.classes, dict(self.files["weights"]), others, dict(self.files["encoders"])
         )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medssl.arms import Arm
 from medssl.artifacts import digest_json, folder, read_marker
 from medssl.errors import DataError, RecipeError, StoreError
-from medssl.given import read_given
+from medssl.given import artifact_of, read_given
 from medssl.networks.encoder import EncoderParams
 from medssl.recipe import Recipe
 from medssl.stages.specs import Spec, Specs
@@ -63,6 +63,12 @@ def weights_digests(recipe: Recipe, store: Store) -> dict[str, str]:
         for arm in recipe.arms
         if arm.initial_weights != "random" and recipe.parent(arm) is None
     }
+
+
+def given_artifacts(recipe: Recipe, store: Store) -> dict[str, str]:
+    """Artifacts of the store that a recipe names by a file: weights that an arm starts from, predictions; by the arm's name."""
+    files = {arm.name: arm.initial_weights for arm in recipe.arms} | {each.name: each.predictions for each in recipe.outside}
+    return {name: found for name, given in files.items() if (found := artifact_of(given, store)) is not None}
 
 
 def stage_weights(recipe: Recipe, store: Store, encoders: Iterable[tuple[Arm, int, Spec]]) -> dict[str, GivenWeights]:
