@@ -15,11 +15,11 @@ from medssl.artifacts import finished
 from medssl.cli import main
 from medssl.errors import DataError, StoreError
 from medssl.leases import lease
-from medssl.leftovers import find_leftovers, needs, remember, remove
+from medssl.leftovers import find_leftovers, made, needs, remember, remove
 from medssl.networks.encoder import EncoderParams, build_encoder, feature_width, save_weights
 from medssl.protocols import LinearProbe
 from medssl.recipe import Recipe
-from medssl.results import _arm_indexes
+from medssl.results import _arm_indexes, build_report
 from medssl.shifting import features, transfers
 from medssl.stages.context import Context, Opened
 from medssl.stages.encode import _npy
@@ -160,6 +160,22 @@ def test_an_artifact_that_a_study_starts_from_is_needed_whoever_made_it(
     assert store.exists(key) and own & finished(store) and finished(store) <= own | {source}
     monkeypatch.chdir(tmp_path)
     assert {line.state for line in Study(other.recipe, store).plan() if line.stage != "report"} == {"finished"}
+
+
+def test_what_a_published_report_refers_to_stays_until_the_next(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    store = study.store
+    build_report(study)
+    before = finished(store)
+    less = again(store, **smaller(), arms=[fields()["arms"][0]])  # started and stopped
+    assert before - made(less)[0]
+    assert gc(store, "--delete", capsys=capsys)[0] == 0
+    arms = [json.loads(store.read(entry.key)) for entry in store.list("studies/finished/arms/")]
+    named = {run["artifact"] for arm in arms for run in arm["evaluations"]}
+    named |= {name for arm in arms for name in arm["encoders"].values()}
+    assert len(arms) == 2 and len(named) > 5 and named <= finished(store)
+    build_report(Study(less.recipe, store))
+    assert gc(store, "--delete", capsys=capsys)[0] == 0
+    assert finished(store) <= needs(Study(less.recipe, store))[0] and not named <= finished(store)
 
 
 def test_what_a_run_that_began_meanwhile_needs_stays(study: Study) -> None:

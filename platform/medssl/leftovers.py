@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from medssl.artifacts import ARTIFACTS, FORGOTTEN, STUDIES, finished, marker_key
 from medssl.errors import LeaseHeld, MedsslError, MissingKey, RecipeError, StoreError, nearest
@@ -141,11 +142,10 @@ def remove(store: Store, found: Leftovers) -> int:
 
 
 def needs(study: Study) -> tuple[set[str], bool]:
-    """Names of all artifacts that a study has, will have, or starts from, as far as they are known; and whether all are."""
+    """Names of all artifacts that a study has, will have, or starts from, and that its published report refers to, as far as they
+    are known; and whether all are."""
     names, complete = made(study)
-    names |= set(study.files["artifacts"].values())
-    current = _current_report(study)
-    return names | ({current} if current is not None else set()), complete
+    return names | set(study.files["artifacts"].values()) | _published(study), complete
 
 
 def made(study: Study, arms: Collection[str] | None = None) -> tuple[set[str], bool]:
@@ -176,11 +176,22 @@ def made(study: Study, arms: Collection[str] | None = None) -> tuple[set[str], b
     return names | ({report} if report is not None else set()), None not in specs
 
 
-def _current_report(study: Study) -> str | None:
-    try:
-        return str(json.loads(study.store.read(f"{STUDIES}/{study.recipe.study}/{_CURRENT}"))["report"])
-    except (MissingKey, ValueError, KeyError):
-        return None
+def _published(study: Study) -> set[str]:
+    """The current report and what its arms name for `predict` and `export`: of an earlier recipe until the next report."""
+    place = study.store.sub(f"{STUDIES}/{study.recipe.study}")
+    names = set[str]()
+    for key in (_CURRENT, *(entry.key for entry in place.list("arms/"))):
+        try:
+            kept = json.loads(place.read(key))
+            names |= {str(kept["report"])} if key == _CURRENT else _of_arm(kept)
+        except (MissingKey, ValueError, KeyError, TypeError):  # replaced just now, or not as medssl wrote it
+            continue
+    return names
+
+
+def _of_arm(index: dict[str, Any]) -> set[str]:
+    encoders = index.get("encoders") or {}  # earlier versions named none
+    return {*map(str, encoders.values()), *(str(run["artifact"]) for run in index["evaluations"])}
 
 
 def stored_study(store: Store, name: str) -> Study | None:
