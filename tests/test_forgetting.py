@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from medssl.errors import DataError, LeaseHeld
 from medssl.forgetting import forget
 from medssl.leases import Lease, lease
 from medssl.leftovers import needs, remember
+from medssl.recipe import Recipe
 from medssl.store import Store
-from medssl.study import Study
+from medssl.study import Study, run
 
 KEY = b"0123456789abcdef0123456789abcdef"
 
@@ -175,6 +178,34 @@ def test_packed_copies_go_whatever_images_they_were_made_of(study: Study) -> Non
     study.store.write("packed/of-a-larger-dataset/0.bin", b"x")
     forget("p3", "datasets/squares", study.store)
     assert not study.store.list("packed/")
+
+
+@pytest.mark.parametrize("name", ["finished"])
+def test_a_run_that_waits_for_it_goes_on_without_them(study: Study, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has read the dataset before; only what would need Ray is left out of it."""
+    store, begun, waits = study.store, list[Study](), threading.Event()
+
+    class Noted:
+        def __init__(self, study: Study, *rest: Any) -> None:
+            begun.append(study)
+            waits.set()
+
+        def run(self, **_: Any) -> None:
+            pass
+
+    def rewrite(*arguments: Any) -> None:
+        runs.append(pool.submit(run, recipe, store, on_event=lambda event: waits.set() if "waiting" in str(event) else None))
+        assert waits.wait(60)
+        original(*arguments)
+
+    recipe, original, runs = Recipe.model_validate(fields(study=name)), forgetting._rewrite, list[Future[Any]]()
+    monkeypatch.setattr("medssl.runner.Runner", Noted)
+    monkeypatch.setattr(forgetting, "_rewrite", rewrite)
+    with ThreadPoolExecutor(1) as pool:
+        done = forget("p3", "datasets/squares", store)
+        runs[0].result(60)
+    assert len(begun) == 1 and len(begun[0].specs.index) == 78
+    assert not set(done.artifacts) & needs(begun[0])[0]
 
 
 def test_keyed_hashes_are_found_by_the_key(study: Study, tmp_path: Path) -> None:

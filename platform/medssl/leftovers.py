@@ -9,14 +9,15 @@ dropped. Datasets are never touched.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from medssl.artifacts import ARTIFACTS, FORGOTTEN, STUDIES, finished, marker_key
 from medssl.errors import LeaseHeld, MedsslError, MissingKey, RecipeError, StoreError, nearest
-from medssl.leases import lease
+from medssl.events import Event
+from medssl.leases import Lease, Owner, lease
 from medssl.recipe import Recipe
 from medssl.shifting import features, transfers
 from medssl.stages.initial import given_artifacts
@@ -67,6 +68,22 @@ def remember(study: Study) -> None:
     kept = {"recipe": study.recipe.canonical(), "files": study.files}
     data = json.dumps(kept, sort_keys=True, indent=1).encode()
     study.store.write(f"{STUDIES}/{study.recipe.study}/{WANTED}", data)
+
+
+@contextmanager
+def under_way(make: Callable[[], Study]) -> Iterator[tuple[Study, Lease]]:
+    """A study that is being run, and its lease; made anew where its datasets changed while another run was waited for."""
+    study = make()  # what is wrong with it is said before anything is waited for
+
+    def waiting(owner: Owner) -> None:
+        study.emit(Event("message", f"study '{study.recipe.study}' is being run by {owner}; waiting for it to end"))
+
+    with lease(study.store, f"study-{study.recipe.study}", on_wait=waiting) as held:
+        if not study.is_of_now():
+            study = make()
+        remember(study)  # before anything is looked at: from now on nothing of it is taken for left over
+        study.refresh()
+        yield study, held
 
 
 def find_leftovers(store: Store, drop: Sequence[str] = (), held: Sequence[str] = ()) -> Leftovers:

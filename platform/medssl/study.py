@@ -9,8 +9,8 @@ a lease of its name while it runs and each artifact one of its own, since two st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from medssl.arms import Arm
 from medssl.artifacts import Marker, finished, read_marker, read_markers
 from medssl.checks import check_study, digests_of_files
 from medssl.claims import Detectable, detectable
-from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
+from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset, read_card
 from medssl.errors import DataError, RecipeError, StoreError
-from medssl.events import Event, OnEvent
+from medssl.events import OnEvent
 from medssl.given import read_given
-from medssl.leases import Lease, lease
 from medssl.mixes import Source
 from medssl.outside import Outside, OutsideParams, read_predictions
 from medssl.protocols import Probe, Protocol
@@ -166,6 +165,10 @@ class Study:
                 tuple(part.not_shown.tolist()), tuple(dataset.shards),
             ))  # fmt: skip
         return found
+
+    def is_of_now(self) -> bool:
+        """Whether all datasets are still as they were when they were read: another run may have been waited for since."""
+        return all(read_card(each.store) == each.card for each in (self.dataset, *self.others.values()))
 
     # -- what there is to do -----------------------------------------------------------------------------------
 
@@ -347,18 +350,14 @@ def run(
     Raises:
         MedsslError: with a message for the user.
     """
-    from medssl.leftovers import remember
+    from medssl.leftovers import under_way
     from medssl.runner import Runner
 
     loaded, opened = _prepare(recipe, store, overrides)
-    study = Study(loaded, opened, on_event, overrides or told)
-    with _study_lease(study) as held:
-        remember(study)  # before anything is looked at: from now on nothing of it is taken for left over
-        study.refresh()
-        with ExitStack() as stack:
-            recorder = stack.enter_context(recorded(study.store, loaded.study, loaded.compute, study.emit))
-            study.emit = recorder.on_event
-            return Runner(study, stack, address, held, recorder).run(rebuild_report=rebuild_report)
+    with under_way(lambda: Study(loaded, opened, on_event, overrides or told)) as (study, held), ExitStack() as stack:
+        recorder = stack.enter_context(recorded(study.store, loaded.study, loaded.compute, study.emit))
+        study.emit = recorder.on_event
+        return Runner(study, stack, address, held, recorder).run(rebuild_report=rebuild_report)
 
 
 def report(
@@ -384,15 +383,6 @@ def report(
             f"study '{loaded.study}' is not finished ({todo} stages to do): run `medssl run` first, `medssl plan` lists them"
         )
     return build_report(study)
-
-
-@contextmanager
-def _study_lease(study: Study) -> Iterator[Lease]:
-    def waiting(owner: Any) -> None:
-        study.emit(Event("message", f"study '{study.recipe.study}' is being run by {owner}; waiting for it to end"))
-
-    with lease(study.store, f"study-{study.recipe.study}", on_wait=waiting) as held:
-        yield held
 
 
 __all__ = ["Pending", "PlanLine", "Study", "plan", "report", "run"]
