@@ -180,7 +180,7 @@ def test_packed_copies_go_whatever_images_they_were_made_of(study: Study) -> Non
     assert not study.store.list("packed/")
 
 
-@pytest.mark.parametrize("name", ["finished"])
+@pytest.mark.parametrize("name", ["finished", "new"])
 def test_a_run_that_waits_for_it_goes_on_without_them(study: Study, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has read the dataset before; only what would need Ray is left out of it."""
     store, begun, waits = study.store, list[Study](), threading.Event()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +28,7 @@ from medssl.stages.encode import _npy
 from medssl.stages.evaluate import EvaluateTask, evaluate
 from medssl.stages.predict import load_model
 from medssl.store import Store, open_store
-from medssl.study import Study
+from medssl.study import Study, run
 
 
 def again(store: Store, **changes: Any) -> Study:
@@ -176,6 +178,35 @@ def test_what_a_published_report_refers_to_stays_until_the_next(study: Study, ca
     build_report(Study(less.recipe, store))
     assert gc(store, "--delete", capsys=capsys)[0] == 0
     assert finished(store) <= needs(Study(less.recipe, store))[0] and not named <= finished(store)
+
+
+def test_a_study_that_is_new_to_the_store_waits_for_a_removal(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes for finished is there; only what would need Ray is left out of its run."""
+    store, begun, waits, runs = study.store, list[Study](), threading.Event(), list[Future[Any]]()
+    original = Store.delete
+
+    class Noted:
+        def __init__(self, study: Study, *rest: Any) -> None:
+            begun.append(study)
+            waits.set()
+
+        def run(self, **_: Any) -> None:
+            pass
+
+    def delete(place: Store, key: str) -> None:
+        if key.startswith("markers/") and not runs:
+            runs.append(pool.submit(run, recipe, store, on_event=lambda event: waits.set() if "waiting" in str(event) else None))
+            assert waits.wait(60)
+        original(place, key)
+
+    again(store, **smaller())
+    recipe, found = Recipe.model_validate(fields(study="new")), find_leftovers(store)
+    monkeypatch.setattr("medssl.runner.Runner", Noted)
+    monkeypatch.setattr(Store, "delete", delete)
+    with ThreadPoolExecutor(1) as pool:
+        assert remove(store, found) == len(found.artifacts) > 0
+        runs[0].result(60)
+    assert len(begun) == 1 and set(begun[0].finished_names("")) <= finished(store)
 
 
 def test_what_a_run_that_began_meanwhile_needs_stays(study: Study) -> None:

@@ -33,7 +33,7 @@ from medssl.datasets.pseudonyms import pseudonym
 from medssl.datasets.shards import SHARDS, ShardEntry, publish_shard
 from medssl.errors import DataError, MedsslError
 from medssl.leases import Lease, lease
-from medssl.leftovers import made, stored_study
+from medssl.leftovers import REMOVAL, made, stored_study
 from medssl.store import Store
 from medssl.study import Study
 
@@ -79,11 +79,12 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
 
     Raises:
         DataError: there is no such dataset, or no image of the patient in it, or no other image would be left.
-        LeaseHeld: a study that uses the dataset is being run, or the dataset is being written.
+        LeaseHeld: a study that uses the dataset is being run, or just beginning, or something is being removed from the store.
     """
     found = open_dataset(dataset_uri(dataset, store))
     name = pseudonym(key, patient) if key is not None else patient
-    with lease(found.store, "ingest") as held, ExitStack() as stack:
+    # A run of a study that no list of studies has yet must not begin with the images while they go: see `under_way`.
+    with lease(found.store, "ingest") as held, lease(store, REMOVAL, wait=False), ExitStack() as stack:
         found = open_dataset(found.uri)  # as it is now that nobody else writes it
         gone = set(found.index().loc[found.index()["patient_id"] == name, "image_id"])
         if not gone:

@@ -27,6 +27,8 @@ from medssl.study import Study
 
 WANTED = "wanted.json"
 _CURRENT = "current.json"
+REMOVAL = "removal"
+"""Lease of who removes something from the store; taken by a run for the moment in which it begins."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,15 @@ def under_way(make: Callable[[], Study]) -> Iterator[tuple[Study, Lease]]:
     def waiting(owner: Owner) -> None:
         study.emit(Event("message", f"study '{study.recipe.study}' is being run by {owner}; waiting for it to end"))
 
+    def removing(owner: Owner) -> None:
+        study.emit(Event("message", f"artifacts or images are being removed from the store by {owner}; waiting for it to end"))
+
     with lease(study.store, f"study-{study.recipe.study}", on_wait=waiting) as held:
-        if not study.is_of_now():
-            study = make()
-        remember(study)  # before anything is looked at: from now on nothing of it is taken for left over
-        study.refresh()
+        with lease(study.store, REMOVAL, on_wait=removing):  # which lists the studies once, and this one may be new to the store
+            if not study.is_of_now():
+                study = make()
+            remember(study)  # before anything is looked at: from now on nothing of it is taken for left over
+            study.refresh()
         yield study, held
 
 
@@ -124,9 +130,10 @@ def find_leftovers(store: Store, drop: Sequence[str] = (), held: Sequence[str] =
 def remove(store: Store, found: Leftovers) -> int:
     """Removes the artifacts, and what the store has of dropped studies; how many objects' folders went.
 
-    Runs that begin meanwhile wait; what one that began before has come to need since stays.
+    Runs that begin meanwhile wait, of whatever study; what one that began before has come to need since stays.
 
     Raises:
+        LeaseHeld: something else is being removed from the store, or a run is just beginning, or one of a dropped study goes on.
         StoreError: a study cannot be read, or is being run, so that what it needs cannot be told; nothing was removed.
     """
     for name, reason in found.unreadable.items():
@@ -135,7 +142,7 @@ def remove(store: Store, found: Leftovers) -> int:
         )
     for name, owner in found.running.items():
         raise StoreError(f"nothing was removed: study '{name}' is being run by {owner}: wait for it, or stop it")
-    with ExitStack() as stack:
+    with lease(store, REMOVAL, wait=False), ExitStack() as stack:
         held = []
         for name in (*found.studies, *found.dropped):
             try:
