@@ -17,6 +17,7 @@ from medssl import forgetting
 from medssl.artifacts import finished, forgotten_note
 from medssl.cli import main
 from medssl.datasets.dataset import open_dataset
+from medssl.datasets.packed import packed_name
 from medssl.datasets.pseudonyms import pseudonym
 from medssl.errors import DataError, LeaseHeld
 from medssl.forgetting import forget
@@ -178,6 +179,15 @@ def test_packed_copies_go_whatever_images_they_were_made_of(study: Study) -> Non
     study.store.write("packed/of-a-larger-dataset/0.bin", b"x")
     forget("p3", "datasets/squares", study.store)
     assert not study.store.list("packed/")
+
+
+def test_packed_copies_of_other_datasets_stay(study: Study, tmp_path: Path) -> None:
+    """A study of one may be streaming bags from it."""
+    other, own = elsewhere(study, tmp_path), packed_name(study.dataset)
+    for name in (packed_name(other.dataset), own):
+        study.store.write(f"packed/{name}/places.parquet", b"x")
+    forget("p3", "datasets/squares", study.store)
+    assert [entry.key for entry in study.store.list("packed/")] == [f"packed/{packed_name(other.dataset)}/places.parquet"]
 
 
 @pytest.mark.parametrize("name", ["finished", "new"])

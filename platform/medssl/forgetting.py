@@ -29,6 +29,7 @@ from medssl.artifacts import FORGOTTEN, STUDIES, finished
 from medssl.datasets.card import CARD, Provenance, build_card
 from medssl.datasets.dataset import Dataset, dataset_uri, open_dataset
 from medssl.datasets.leakage import audit_leakage
+from medssl.datasets.packed import packed_name
 from medssl.datasets.pseudonyms import pseudonym
 from medssl.datasets.shards import SHARDS, ShardEntry, publish_shard
 from medssl.errors import DataError, MedsslError
@@ -100,7 +101,7 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
         # A run that has the images in its memory, or weights that know them, would publish what nobody marks.
         for study in (use.study for use in uses if use.of_dataset or use.descends(artifacts)):
             stack.enter_context(lease(store, f"study-{study}", wait=False))
-        store.delete_prefix(PACKED)  # copies for streamed bags, of whatever images there once were: made again when needed
+        _unpack(store, uses)
         artifacts = _with_descent(artifacts | finished(store) - elsewhere, uses)  # with what was made until the leases were there
         _mark(store, found, len(gone), artifacts)  # before the images go: a removal may be broken off
         _rewrite(found, gone, held)
@@ -124,6 +125,8 @@ class _Use:
     """Whether the study knows the dataset."""
     artifacts: set[str]
     """All that it names and has finished."""
+    packed: set[str]
+    """Names of the copies for streamed bags of the other datasets that it knows."""
     descent: dict[str, set[str]]
     """Of those what was made from an artifact that an arm names by a file, by that artifact."""
 
@@ -143,9 +146,10 @@ def _uses(dataset: Dataset, store: Store) -> tuple[list[_Use], dict[str, str]]:
             continue
         if study is None:
             continue
-        of_dataset = dataset.uri in {study.dataset.uri, *(other.uri for other in study.others.values())}
+        known = (study.dataset, *study.others.values())
+        others = [each for each in known if each.uri != dataset.uri]
         descent = {each: _finished(study, _starting_from(study, each)) for each in set(study.files["artifacts"].values())}
-        uses.append(_Use(name, of_dataset, _finished(study), descent))
+        uses.append(_Use(name, len(others) < len(known), _finished(study), {packed_name(each) for each in others}, descent))
     return uses, unreadable
 
 
@@ -176,6 +180,14 @@ def _with_descent(artifacts: set[str], uses: Sequence[_Use]) -> set[str]:
         if further <= artifacts:
             return artifacts
         artifacts = artifacts | further
+
+
+def _unpack(store: Store, uses: Iterable[_Use]) -> None:
+    """Deletes copies for streamed bags, of whatever images there once were (made again when needed), but not those of other
+    datasets that studies have: one may be streaming from it."""
+    others = set[str]().union(*(use.packed for use in uses))
+    for name in {entry.key.split("/")[1] for entry in store.list(f"{PACKED}/")} - others:
+        store.delete_prefix(f"{PACKED}/{name}")
 
 
 def _mark(store: Store, dataset: Dataset, images: int, artifacts: set[str]) -> None:
