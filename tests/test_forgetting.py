@@ -190,6 +190,22 @@ def test_packed_copies_of_other_datasets_stay(study: Study, tmp_path: Path) -> N
     assert [entry.key for entry in study.store.list("packed/")] == [f"packed/{packed_name(other.dataset)}/places.parquet"]
 
 
+def test_the_list_of_what_ingest_set_aside_goes(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names images and paths and no patients, so whose they are cannot be told."""
+    place = study.store.sub("datasets/squares")
+    card = json.loads(place.read("card.json"))
+    place.write("rejected-0123.csv", b"image_id,uri,reason\np3-9.png,/images/p3/9.png,cut short\n")
+    place.write("card.json", json.dumps(card | {"rejected": 1, "rejected_list": "rejected-0123.csv"}).encode())
+    done = forget("p3", "datasets/squares", study.store)
+    assert "rejected-0123.csv" in done.to_text() and "set aside at ingest" in done.to_text()
+    assert not place.list("rejected-")
+    left = open_dataset(place.uri).card
+    assert left["rejected"] == 1 and left["rejected_list"] is None
+    assert main(["inspect", place.uri]) == 0
+    assert "images set aside at ingest: 1, their list was removed" in capsys.readouterr().out
+    assert "set aside" not in forget("p4", "datasets/squares", study.store).to_text()
+
+
 @pytest.mark.parametrize("name", ["finished", "new"])
 def test_a_run_that_waits_for_it_goes_on_without_them(study: Study, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has read the dataset before; only what would need Ray is left out of it."""

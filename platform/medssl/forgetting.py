@@ -53,6 +53,8 @@ class Forgotten:
     """Whose reports may still show the images, and have to be run again."""
     descended: tuple[str, ...]
     """Those with arms whose `initial_weights` name the file of a marked artifact."""
+    rejected_list: str | None
+    """Removed list of the images that ingest had set aside, which may have named some of the patient."""
     unreadable: dict[str, str]
     """Studies of which it cannot be told whether they used the dataset, and why."""
 
@@ -63,6 +65,8 @@ class Forgotten:
     def to_text(self) -> str:
         """For people: what was done, and what is left to do."""
         lines = [f"{self.images} images removed from {self.dataset}; {len(self.artifacts)} artifacts marked"]
+        if self.rejected_list is not None:
+            lines.append(f"the list of images set aside at ingest names no patients and went as a whole: {self.rejected_list}")
         if self.studies:
             lines.append(f"run again, then `medssl gc --delete`: {', '.join(self.studies)}")
         if self.descended:
@@ -113,7 +117,7 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
             store.delete(f"{FORGOTTEN}/{same}.json")
     studies = tuple(use.study for use in uses if use.of_dataset)
     descended = tuple(use.study for use in uses if use.descends(kept))
-    return Forgotten(found.uri, len(gone), tuple(sorted(kept)), studies, descended, unreadable)
+    return Forgotten(found.uri, len(gone), tuple(sorted(kept)), studies, descended, found.card["rejected_list"], unreadable)
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,8 @@ def _rewrite(dataset: Dataset, gone: set[str], held: Lease) -> None:
         name=card["name"], licence=card["licence"], synthetic=card["synthetic"], split_seed=card["split_seed"],
         split_shares=card["split_shares"], leakage=audit_leakage(columns["patient_id"], columns["bag_id"], columns["split"]),
         leakage_allowed=card["leakage"]["allowed"], pseudonymised_columns=card["pseudonymised_columns"],
-        rejected=card["rejected"], rejected_list=card["rejected_list"], held_out=card.get("held_out"), layout=card.get("layout"),
+        rejected=card["rejected"], rejected_list=None,  # it names images and often paths, and cannot tell whose they are
+        held_out=card.get("held_out"), layout=card.get("layout"),
     )  # fmt: skip
     held.check()
     store.write(CARD, json.dumps(build_card(kept, entries, path, sha256, provenance), indent=1, ensure_ascii=False).encode())
@@ -223,10 +228,10 @@ def _rewrite(dataset: Dataset, gone: set[str], held: Lease) -> None:
 
 
 def _sweep(store: Store) -> None:
-    """Deletes shards and indexes that the card does not name."""
+    """Deletes shards, indexes and lists that the card does not name."""
     card = json.loads(store.read(CARD))
-    named = {shard["path"] for shard in card["shards"]} | {card["index"]["path"]}
-    for entry in (*store.list(f"{SHARDS}/"), *store.list("index-")):
+    named = {shard["path"] for shard in card["shards"]} | {card["index"]["path"], card["rejected_list"]}
+    for entry in (*store.list(f"{SHARDS}/"), *store.list("index-"), *store.list("rejected-")):
         if entry.key not in named:
             store.delete(entry.key)
 

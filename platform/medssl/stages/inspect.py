@@ -104,7 +104,8 @@ def render_text(facts: dict[str, Any]) -> str:
     if card["pseudonymised"]:
         lines.append(f"pseudonymised: {', '.join(card['pseudonymised_columns'])}")
     if card["rejected"]:
-        lines.append(f"images set aside at ingest: {card['rejected']:,}, listed in {card['rejected_list']}")
+        listed = f"listed in {card['rejected_list']}" if card["rejected_list"] else "their list was removed (medssl forget)"
+        lines.append(f"images set aside at ingest: {card['rejected']:,}, {listed}")
     lines += ["", *_class_table(facts), ""]
     lines += _histogram_line("images per bag", facts["bags"], "no bag ids")
     lines += _histogram_line("images per patient", facts["patients"], "no patient ids")
