@@ -42,7 +42,8 @@ def elsewhere(near: Study, place: Path, dataset: str = "datasets/circles", **cha
     if not near.store.exists(f"{dataset}/card.json"):
         (place / "elsewhere").mkdir()
         write_dataset(place / "elsewhere", near.store.sub(dataset), blue=90)
-    made = make(place, {"study": "elsewhere", "dataset": dataset} | changes)
+    repeats = fields()["repeats"] | {"labels": 8}  # or chance, which is the same, makes evaluations of the same names
+    made = make(place, {"study": "elsewhere", "dataset": dataset, "repeats": repeats} | changes)
     remember(made)
     return made
 
@@ -262,9 +263,8 @@ def test_what_starts_from_a_marked_encoder_is_marked_too(tmp_path: Path, patient
     arms = [{"name": "random"}, {"name": "given", "initial_weights": f"artifacts/{source}/encoder.safetensors"}]
     first = elsewhere(study, tmp_path, arms=arms)
     given = next(spec.name for arm, _, spec in first.encoders() if arm.name == "given")
-    second = elsewhere(
-        study, tmp_path, study="second", arms=[{"name": "third", "initial_weights": f"artifacts/{given}/encoder.safetensors"}]
-    )
+    third = {"name": "third", "initial_weights": f"artifacts/{given}/encoder.safetensors"}
+    second = elsewhere(study, tmp_path, study="second", arms=[third], repeats=fields()["repeats"] | {"labels": 10})
     own = {spec.name for arm, _, spec in first.encoders() if arm.name == "random"}
     done = forget(patient, "datasets/squares", store)
     if patient == "p3":  # a validation patient

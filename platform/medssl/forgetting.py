@@ -52,7 +52,7 @@ class Forgotten:
     studies: tuple[str, ...]
     """Whose reports may still show the images, and have to be run again."""
     descended: tuple[str, ...]
-    """Those with arms whose `initial_weights` name the file of a marked artifact."""
+    """Those with arms whose `initial_weights`, or predictions from outside, are a file of a marked artifact."""
     rejected_list: str | None
     """Removed list of the images that ingest had set aside, which may have named some of the patient."""
     unreadable: dict[str, str]
@@ -70,7 +70,7 @@ class Forgotten:
         if self.studies:
             lines.append(f"run again, then `medssl gc --delete`: {', '.join(self.studies)}")
         if self.descended:
-            lines.append(f"start from files of marked artifacts, give them others (initial_weights): {', '.join(self.descended)}")
+            lines.append(f"start from marked artifacts, name others (initial_weights, outside): {', '.join(self.descended)}")
         lines += [f"study {name}: it cannot be told whether it used them ({why})" for name, why in self.unreadable.items()]
         return "\n".join([*lines, "not reached: originals, downloads, exports, and decoded images in each node's MEDSSL_CACHE"])
 
