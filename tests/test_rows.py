@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,32 @@ print(ray.get([consume.remote(shard, rank) for rank, shard in enumerate(shards)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment())
     assert done.returncode == 0, done.stderr
     assert "[[350, 350], [350, 350]]" in done.stdout
+
+
+def test_errors_of_the_tasks_reach_every_rank_in_one_line(ray_session: Any, folder: Path, tmp_path: Path) -> None:
+    """As they are, and not as an error of Ray's, which a training takes for a lost process and starts anew for."""
+    import torch
+
+    from medssl.collectives import Process
+
+    ingest(folder / "table.csv", str(tmp_path / "dataset"), IngestOptions(shard_rows=16))
+    broken = open_dataset(str(tmp_path / "dataset"))
+    (tmp_path / "dataset" / broken.shards[1].path).unlink()
+
+    def consume(rank: int) -> BaseException | None:
+        process = Process(rank=rank, world=2, device=torch.device("cpu"))
+        feed = StreamFeed(shards[rank], IMAGES, 8, 0, process, Decoding(PX, "squash"))
+        try:
+            list(feed.batches(0))
+        except Exception as error:
+            return error
+        return None
+
+    shards = stream_images(broken, Decoding(PX, "squash")).streaming_split(2, equal=True)
+    with ThreadPoolExecutor(2) as ranks:  # an epoch starts when all ranks have asked for it
+        for error in ranks.map(consume, range(2)):
+            assert isinstance(error, DataError) and not isinstance(error, ray_session.exceptions.RayError)
+            assert str(error).endswith("is gone: was the dataset ingested anew? Run again") and "\n" not in str(error)
 
 
 def test_stream_feed_refuses_what_it_cannot_do(dataset: Dataset) -> None:

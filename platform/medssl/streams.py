@@ -177,6 +177,7 @@ class StreamFeed:
         """See `medssl.training.feed.Feed`; as many on every rank.
 
         Raises:
+            DataError: the images are gone, or one cannot be decoded any more.
             ValueError: `start_step` is not 0: a stream has no middle to start from.
         """
         import torch
@@ -185,17 +186,23 @@ class StreamFeed:
 
         if start_step:
             raise ValueError("a streamed epoch cannot be taken up at a step: checkpoint at epoch ends only")
-        blocks = self._stream.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
-        arrays = ((block["image"], np.asarray(block["row"], np.int64)) for block in blocks)
         random = np.random.default_rng([self._seed, epoch])
         steps = 0
-        for images_BHWC, rows_B in shuffled(arrays, self._buffer_images, self._share, random):
+        for images_BHWC, rows_B in shuffled(self._arrays(), self._buffer_images, self._share, random):
             if steps < self.steps_per_epoch:  # what is left over is read, not used: the stream then ends on all ranks
                 steps += 1
                 images = torch.from_numpy(images_BHWC)
                 yield Batch(images.pin_memory() if self._pin else images, torch.from_numpy(rows_B))
         if steps < self.steps_per_epoch:
             raise DataError(f"the stream gave {steps} batches of {self._share}, {self.steps_per_epoch} were promised: run again")
+
+    def _arrays(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """Images and their numbers of one pass, block by block."""
+        try:
+            for block in self._stream.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+                yield block["image"], np.asarray(block["row"], np.int64)
+        except Exception as error:  # wrapped by Ray, lasting errors of the data would look like a lost process: one to retry
+            raise user_error(error) from error
 
 
 def shuffled(
