@@ -6,18 +6,25 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
+from tests import finished_study
 
 from medssl.artifacts import folder
 from medssl.errors import DataError, RecipeError
 from medssl.networks import EncoderParams, build_encoder, save_weights
 from medssl.recipe_file import load
+from medssl.stages.context import Context, Opened
+from medssl.stages.encode import InitialiseTask, _failure, _initialise
 from medssl.stages.initial import STAGED, facts_of, stage_weights, weights_digests
 from medssl.stages.specs import Spec
 from medssl.store import Store, open_store
+from medssl.training.feed import ResidentImages
+from medssl.views import eval_view
 
 SMALL = EncoderParams(name="test_resnet", image_px=32)
 
@@ -100,3 +107,37 @@ def test_what_does_not_fit_names_arm_encoder_and_file(store: Store) -> None:
         staged(store, "w.safetensors")
     with pytest.raises(DataError, match="changed while the study ran"):
         staged(store, "w.safetensors", told="0" * 64)
+
+
+@pytest.mark.parametrize("count", [257, 258])
+def test_no_batch_norm_is_estimated_on_a_single_image(tmp_path: Path, count: int) -> None:
+    """257 images are no batch of 256 and another of one, on whose feature map of 1 x 1 a batch norm has no variance."""
+    encoder = {"name": "resnet18", "image_px": 32}
+    splits = ["train", "val", "test"]
+    changes = {"encoder": encoder, "pretraining_splits": splits, "allow_judged_in_pretraining": True}
+    finished_study.write_dataset(tmp_path, open_store(str(tmp_path / "store"), create=True).sub("datasets/squares"), count)
+    study = finished_study.make(tmp_path, changes, evaluated=False)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+    images = ResidentImages.write(tmp_path / "resident", pixels, [str(n) for n in range(count)])
+    opened = Opened(study.store, study.dataset, study.recipe, study.specs, images)
+    task = InitialiseTask(Context("", "", "", {}, {}), Spec("initialise", {}, {}, ""), "random", 0)
+    seen: list[tuple[int, int]] = []
+    files = _initialise(opened, task, torch.device("cpu"), lambda done, total: seen.append((done, total)))
+    assert seen == {257: [(257, 257)], 258: [(256, 258), (258, 258)]}[count]
+    first = build_encoder(EncoderParams(**encoder), 0)
+    with torch.no_grad():
+        before = first.get_submodule("conv1")(eval_view(torch.from_numpy(pixels), EncoderParams(**encoder)))
+    mean = load_tensors(files["encoder.safetensors"])["bn1.running_mean"]
+    if count == 257:  # one batch: its own moments
+        torch.testing.assert_close(mean, before.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_tasks_own_error_is_not_said_to_be_a_loss() -> None:
+    """Ray does a task again where its process was lost, not where it raised: that is said at once, in one line."""
+    raised = ray.exceptions.RayTaskError("_encode", "a traceback\nof lines", ValueError("no such thing\nand more"))
+    assert str(_failure("embed", raised.as_instanceof_cause(), 9)) == "embed: ValueError: no such thing"
+    ours = ray.exceptions.RayTaskError("_encode", "a traceback", DataError("image 3 is gone"))
+    found = _failure("embed", ours.as_instanceof_cause(), 9)
+    assert type(found) is DataError and str(found) == "image 3 is gone"
+    lost = _failure("embed", ray.exceptions.WorkerCrashedError(), 9)
+    assert str(lost).startswith("embed: a task was lost 9 times: ") and "\n" not in str(lost)

@@ -84,11 +84,19 @@ def run_encoding(
         except ray.exceptions.RayError as error:
             for task_reference in running:
                 ray.cancel(task_reference, force=True)
-            found = user_error(error)
-            if isinstance(found, MedsslError):
-                raise found from None
-            reason = (str(found).strip().splitlines() or [type(found).__name__])[0]
-            raise MedsslError(f"{tasks[0].spec.stage}: a task was lost {compute.max_failures + 1} times: {reason}") from None
+            raise _failure(tasks[0].spec.stage, error, compute.max_failures + 1) from None
+
+
+def _failure(stage: str, error: ray.exceptions.RayError, tries: int) -> MedsslError:
+    """What the user is told: the reason that a task gave, or that its process was lost. Ray tries only the latter again."""
+    found = user_error(error)
+    if isinstance(found, MedsslError):
+        return found
+    if isinstance(error, ray.exceptions.RayTaskError):
+        text = str(error.cause).strip().splitlines() or [""]
+        return MedsslError(f"{stage}: {type(error.cause).__name__}: {text[0]}")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return MedsslError(f"{stage}: a task was lost {tries} times: {reason}")
 
 
 def _encode(task: InitialiseTask | EmbedTask, compute: dict[str, Any], handle: Any) -> None:
@@ -135,12 +143,23 @@ def _initialise(opened: Opened, task: InitialiseTask, device: Any, progress: Any
     rows = index.index[index["split"].isin(recipe.pretraining_splits)].to_numpy()
 
     def batches() -> Iterator[Any]:
-        for start in range(0, len(rows), _BATCH):
-            yield eval_view(read_batch(opened, rows[start : start + _BATCH], device), params)
-            progress(min(start + _BATCH, len(rows)), len(rows))
+        done = 0
+        for batch in _batches(rows):
+            yield eval_view(read_batch(opened, batch, device), params)
+            done += len(batch)
+            progress(done, len(rows))
 
     estimate_batch_norm(encoder, batches())
     return {"encoder.safetensors": save_weights(encoder)}
+
+
+def _batches(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The rows in batches. A last one of a single image goes with the batch before: where the feature map is 1 x 1, one image
+    has no variance over it, and torch refuses."""
+    cuts = list(range(_BATCH, len(rows), _BATCH))
+    if cuts and len(rows) - cuts[-1] == 1:
+        cuts.pop()
+    return np.split(rows, cuts)
 
 
 def read_batch(opened: Opened, rows: NDArray[np.int64], device: Any) -> Any:
