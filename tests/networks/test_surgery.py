@@ -14,6 +14,8 @@ from medssl.collectives import SyncBatchNorm, convert_batch_norm
 from medssl.errors import RecipeError
 from medssl.networks import EncoderParams, build_encoder, feature_width
 from medssl.networks.surgery import LayerSurgery, SurgeryParams, operate
+from medssl.training.plan import PretrainPlan
+from medssl.training.step import build_pretraining
 
 LAYER = SurgeryParams(scaling="layer", dead_filters="none")
 KINDS = {"test_resnet": nn.BatchNorm2d, "test_efficientnet": "BatchNormAct2d", "synchronised": SyncBatchNorm}
@@ -340,6 +342,35 @@ def test_all_convolutions_of_a_resnet_have_their_batch_norm(name: str, pairs: in
 def test_grey_encoders_need_no_images() -> None:
     grey = build_encoder(EncoderParams(name="test_resnet", channels=1, mean=(0.5,), std=(0.2,)), 0)
     assert operate(grey, SurgeryParams()).layers[0].scale > 1
+
+
+def one_size(channels: int, image_px: int) -> nn.Module:
+    """A user's own encoder that takes images of one size and no others."""
+    layers = [nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * image_px**2, 8)]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_encoder_of_one_size_needs_no_images(channels: int) -> None:
+    """As in a streamed pretraining, which has no images at hand."""
+    encoder = {"name": f"{__name__}:one_size", "image_px": 24, "channels": channels, "mean": [0.5] * channels}
+    fields = {
+        "encoder": {**encoder, "std": [0.2] * channels}, "objective": {"name": "simclr", "projector": (8, 8)}, "optimiser": {},
+        "schedule": {}, "views": {}, "epochs": 1, "batch_size": 4, "seed": 0, "surgery": {},
+    }  # fmt: skip
+    module = build_pretraining(PretrainPlan.model_validate(fields))
+    assert module.surgery is not None and "of 1 layers" in module.surgery and "in the features" not in module.surgery
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet", "densenet121"])
+def test_the_size_of_the_traced_images_changes_nothing(name: str) -> None:
+    found = []
+    for px in (32, 64, 160):
+        encoder = build_encoder(EncoderParams(name=name), 0)
+        report = operate(encoder, SurgeryParams(dead_threshold=0.5), image_shape=(3, px, px))
+        found.append((report, encoder.state_dict()))
+    for report, weights in found[1:]:
+        assert report == found[0][0] and all(torch.equal(value, found[0][1][key]) for key, value in weights.items())
 
 
 def test_refusals_in_one_line() -> None:

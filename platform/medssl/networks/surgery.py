@@ -137,21 +137,28 @@ class SurgeryReport:
 
 
 @torch.no_grad()
-def operate(encoder: nn.Module, params: SurgeryParams, images_BIHW: Tensor | None = None) -> SurgeryReport:
+def operate(
+    encoder: nn.Module,
+    params: SurgeryParams,
+    images_BIHW: Tensor | None = None,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+) -> SurgeryReport:
     """Changes the encoder's weights in place as `params` say; which batch norm follows what is found by running it.
 
     Args:
         encoder: maps (B, I, H, W) to (B, E); its training mode is kept.
         params: what to do. The result follows from them and the encoder's weights alone.
         images_BIHW: normalised images of the encoder's size, on which the report measures how far scaling moves the
-            features. Without them noise of 64 x 64 px shows the order of layers, and features are not compared.
+            features. Without them noise shows the order of layers, and features are not compared.
+        image_shape: (I, H, W) of that noise, for an encoder that takes images of one size; None is 64 x 64 px.
 
     Raises:
         RecipeError: no convolution has a batch norm to itself (a transformer), or the encoder refused the images.
     """
     with _evaluating(encoder):
         images_BIHW = None if images_BIHW is None else images_BIHW.to(next(encoder.parameters()).device)
-        pairs, left_alone = _pairs(encoder, _noise(encoder) if images_BIHW is None else images_BIHW[:1])
+        pairs, left_alone = _pairs(encoder, _noise(encoder, image_shape) if images_BIHW is None else images_BIHW[:1])
         generator = torch.Generator().manual_seed(params.seed)
         replaced = [_replace_dead(pair, params, generator) for pair in pairs]
         before_BE = None if images_BIHW is None else _features(encoder, images_BIHW)
@@ -274,11 +281,11 @@ def _verdict(name: str, trace: _Trace, modules: dict[str, nn.Module]) -> tuple[s
     return ("" if modules[norm].weight is not None else f"its batch norm {norm} has no gamma"), norm
 
 
-def _noise(encoder: nn.Module) -> Tensor:
+def _noise(encoder: nn.Module, image_shape: tuple[int, int, int] | None) -> Tensor:
     first = next((m for m in encoder.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     channels, like = (3, next(encoder.parameters())) if first is None else (first.in_channels, first.weight)
-    noise = torch.randn(1, channels, _TRACE_PX, _TRACE_PX, generator=torch.Generator().manual_seed(0))
-    return noise.to(like)
+    shape = image_shape or (channels, _TRACE_PX, _TRACE_PX)
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 # ----------------------------------------------------------------------------------------------------------- operations

@@ -333,8 +333,8 @@ def _sample(job: Job) -> Any:
     """A few of the shown images, uint8 (B, H, W, C), the same on every rank; None where images are streamed."""
     import torch
 
-    source = job.sources[0]
-    if source.resident is None:
+    source = next((source for source in job.sources if source.rows), None)  # all of a part may be left out
+    if source is None or source.resident is None:
         return None
     rows = source.rows[:: max(1, len(source.rows) // _SAMPLE)][:_SAMPLE]
     return open_resident(**source.resident).take(torch.tensor(rows))

@@ -98,7 +98,9 @@ def build_pretraining(
         load_weights(encoder, initial_encoder)
     surgery: str | None = None
     if plan.surgery is not None:
-        surgery = operate(encoder, plan.surgery, None if sample_BHWC is None else eval_view(sample_BHWC, plan.encoder)).describe()
+        images = None if sample_BHWC is None else eval_view(sample_BHWC, plan.encoder)
+        shape = plan.encoder.channels, plan.encoder.image_px, plan.encoder.image_px
+        surgery = operate(encoder, plan.surgery, images, image_shape=shape).describe()
         logger.info("%s", surgery)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_for("objective", plan.seed).initial_seed())
