@@ -127,6 +127,22 @@ def test_a_stopped_training_goes_on_from_the_very_step(tmp_path: Path, world: in
     assert_same_training(outputs[1], outputs[0], world)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stop_after_an_update_to_infinity_ends_on_all_ranks(tmp_path: Path, world: int) -> None:
+    """Loss and gradient are finite at that step, the weights after it are not: there is no checkpoint to stop with."""
+    resident(tmp_path)
+    output = open_store(str(tmp_path / "output"), create=True)
+    options = {
+        "plan": {"optimiser": {"name": "sgd", "learning_rate": 3e38}, "schedule": {"name": "constant"}},
+        "checkpoint_every_steps": None, "stop_at": (0, 1),
+    }  # fmt: skip
+    found = run_on_ranks(train_body, world, tmp_path / "ranks", str(tmp_path), output.uri, options)
+    assert {(r.status, r.step, r.last_checkpoint_step) for r in found} == {("non_finite", 1, None)}
+    parts = [pq.read_table(io.BytesIO(output.read(entry.key))).to_pylist() for entry in output.list("metrics/")]
+    assert len(parts) == world and all(len(part) == 1 and np.isfinite(part[0]["loss"]) for part in parts)
+    assert all(np.isfinite(part[0]["gradient_norm"]) for part in parts) and not output.list("checkpoints/")
+
+
 def test_a_stop_at_the_last_step_finishes_the_training(tmp_path: Path) -> None:
     output = open_store(str(tmp_path / "output"), create=True)
     resident(tmp_path)

@@ -51,6 +51,11 @@ class History:
         """Notes a step's scalars; they stay on the device until :meth:`settle`."""
         self._pending.append((step, scalars, learning_rate))
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether steps were noted since the last :meth:`settle`."""
+        return bool(self._pending)
+
     def settle(self, collapse: dict[str, Tensor] | None, rates: Callable[[], dict[str, float]]) -> dict[str, Any]:
         """Fetches the noted steps from the device in one transfer and returns the latest row.
 

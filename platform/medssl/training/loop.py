@@ -182,9 +182,12 @@ def _trained(run: _Run, monitor: Monitor | None, monitor_every_epochs: int) -> P
             return _non_finite(run, bad_step)
         if _log_due(run):
             _log(run)
+        stops_between = run.stop and run.feed.starts_within_epoch and not _checkpoint_due(run)
+        if stops_between and not _all_finite(run):  # its checkpoint is one that `_first_bad_step` did not see coming
+            return _non_finite(run, run.done)
         if monitor is not None:
             _monitor(run, monitor, monitor_every_epochs)
-        if _checkpoint_due(run) or (run.stop and run.feed.starts_within_epoch):
+        if stops_between or _checkpoint_due(run):
             _save_checkpoint(run)
         if run.stop and run.done < run.stepper.total_steps:
             return _stopped(run)
@@ -255,6 +258,11 @@ def _first_bad_step(run: _Run) -> int:
     elif not _log_due(run) and run.process.device.type != "cpu":
         return 0
     return agree_largest(int(run.first_bad), run.process.device)
+
+
+def _all_finite(run: _Run) -> bool:
+    """Whether weights and averages are finite on every rank: rank 0 alone would find it out while the others wait."""
+    return not agree_largest(int(not run.stepper.is_finite()), run.process.device)
 
 
 def _log_due(run: _Run) -> bool:
@@ -339,7 +347,8 @@ def _monitor(run: _Run, monitor: Monitor, every_epochs: int) -> None:
 
 
 def _non_finite(run: _Run, bad_step: int) -> PretrainResult:
-    run.history.settle(None, lambda: _window_rates(run))
+    if run.history.unsettled:  # nothing is where the step was just logged
+        run.history.settle(None, lambda: _window_rates(run))
     run.history.commit(last_step=bad_step)
     return PretrainResult(
         "non_finite",
