@@ -43,6 +43,15 @@ for turn in range(5):
         store.write("count", str(count + 1).encode())
 """
 
+READER = """
+import json, os, sys
+from medssl.leases import Owner, is_dead
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+print(*(is_dead(Owner(**fields)) for fields in json.loads(sys.argv[1])))
+"""
+
 
 @pytest.fixture(params=["file", pytest.param("ceph", marks=pytest.mark.s3)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
@@ -134,6 +143,21 @@ def test_a_reused_pid_is_not_the_owner() -> None:
     assert is_dead(dataclasses.replace(me, pid=2**22 + 1))
     assert not is_dead(dataclasses.replace(me, pid=2**22 + 1, machine="another")), "cannot be known from here"
     assert not is_dead(dataclasses.replace(me, pid=2**22 + 1, machine="")), "cannot be known from here"
+
+
+@pytest.mark.parametrize("hidepid", [1, 2])
+def test_a_process_that_proc_hides_is_not_gone(hidepid: int) -> None:
+    """As on many a cluster's login node: another user's process is there, and /proc does not tell of it."""
+    me = this_process()
+    owners = json.dumps([dataclasses.asdict(owner) for owner in (me, dataclasses.replace(me, pid=2**22 + 1))])
+    hidden = ["unshare", "--mount", "sh", "-c", f'mount -t proc -o hidepid={hidepid} proc /proc && exec "$@"', "sh"]
+    if os.getuid() or subprocess.run([*hidden, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting /proc anew and becoming another user takes root")
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [*hidden, sys.executable, "-c", READER, owners], capture_output=True, text=True, check=True, env={"PYTHONPATH": path}
+    )
+    assert done.stdout == "False True\n", "the one that lives and the one that is gone"
 
 
 def foreign_claim(store: Store, generation: int) -> None:

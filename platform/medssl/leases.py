@@ -95,7 +95,7 @@ def is_dead(owner: Owner) -> bool:
     if not owner.machine or owner.machine != _machine():
         return False
     started = _started(owner.pid)
-    return started is None or (owner.started not in ("", started))
+    return started is None or ("" not in (started, owner.started) and started != owner.started)
 
 
 def _machine() -> str:
@@ -111,10 +111,11 @@ def _started(pid: int) -> str | None:
     if Path("/proc/self/stat").exists():
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        state, start = fields[0], fields[19]
-        return None if state in ("Z", "X") else start
+        except OSError:  # gone, or another user's where /proc is mounted with hidepid: a signal tells which
+            pass
+        else:
+            state, start = fields[0], fields[19]
+            return None if state in ("Z", "X") else start
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
