@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from medssl.datasets.packed import packed_name
 from medssl.datasets.pseudonyms import pseudonym
 from medssl.errors import DataError, LeaseHeld
 from medssl.forgetting import forget
-from medssl.leases import Lease, lease
+from medssl.leases import Lease, lease, this_process
 from medssl.leftovers import needs, remember
 from medssl.recipe import Recipe
 from medssl.store import Store
@@ -153,6 +155,13 @@ def test_while_a_study_of_it_runs_nothing_is_removed(study: Study, capsys: pytes
     said = capsys.readouterr()
     assert "'study-finished' is being worked on by" in said.err and said.err.count("\n") == 1
     assert stored_images(store) == before and not store.list("forgotten/")
+
+
+def test_a_run_that_died_on_another_machine_does_not_forbid_it(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forgetting, "lease", partial(lease, ttl_seconds=6))  # the least, for the test's time
+    owner = dataclasses.replace(this_process(), host="elsewhere", machine="elsewhere")
+    study.store.write("leases/study-finished/00000001.claim", json.dumps(dataclasses.asdict(owner)).encode())
+    assert forget("p3", "datasets/squares", study.store).images == 2
 
 
 def test_what_a_broken_off_removal_left_goes_with_the_next(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,31 @@ def test_silent_holder_is_taken_over_after_its_time(local_store: Store) -> None:
         assert [entry.key for entry in local_store.list("leases/work/")] == ["leases/work/00000005.claim"]
 
 
+def test_who_observes_waits_for_the_dead_alone(local_store: Store) -> None:
+    """A holder elsewhere whose counter stands still is taken over after its time, one that beats is named in seconds."""
+    foreign_claim(local_store, 4)
+    started = time.monotonic()
+    with lease(local_store, "work", ttl_seconds=6, wait=False, observe=True) as held:
+        assert held.generation == 5
+        assert 6 <= time.monotonic() - started < 12
+    foreign_claim(local_store, 6)
+    threading.Timer(2, local_store.write, ("leases/work/00000006.beat", b"1")).start()
+    started = time.monotonic()
+    with pytest.raises(LeaseHeld, match="elsewhere") as caught, lease(local_store, "work", wait=False, observe=True):
+        pass
+    assert 1 < time.monotonic() - started < 12, "its time to live is 30 s"
+    assert isinstance(caught.value.owner, Owner) and caught.value.owner.host == "elsewhere"
+    assert pickle.loads(pickle.dumps(caught.value)).owner == caught.value.owner
+
+
+def test_who_observes_a_process_of_this_machine_need_not_wait(local_store: Store) -> None:
+    with lease(local_store, "work"):
+        started = time.monotonic()
+        with pytest.raises(LeaseHeld), lease(local_store, "work", wait=False, observe=True):
+            pass
+        assert time.monotonic() - started < 3, "its first beat comes after 5 s"
+
+
 def test_beating_holder_keeps_it(local_store: Store) -> None:
     foreign_claim(local_store, 1)
     stop = threading.Event()

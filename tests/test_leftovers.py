@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +15,11 @@ import pytest
 from tests.finished_study import evaluation, fields, finish, make, write_dataset
 from tests.stages.test_search_rows import Ready
 
+from medssl import leftovers
 from medssl.artifacts import finished
 from medssl.cli import main
 from medssl.errors import DataError, StoreError
-from medssl.leases import lease
+from medssl.leases import lease, this_process
 from medssl.leftovers import find_leftovers, made, needs, remember, remove
 from medssl.networks.encoder import EncoderParams, build_encoder, feature_width, save_weights
 from medssl.protocols import LinearProbe
@@ -234,12 +237,26 @@ def test_a_running_study_keeps_what_it_may_still_need(study: Study, capsys: pyte
         assert not needs(unfinished)[1]
         code, _, said = gc(store, "--delete", capsys=capsys)
         assert code == 2 and "study 'other' is being run by" in said and finished(store) == before
+        assert " UTC): wait for it" in said, "all of who it is"
     with lease(store, "study-finished"):  # all its artifacts have names: they are kept, the others go
         code, _, said = gc(store, "--delete", capsys=capsys)
         assert code == 0, said
         code, _, said = gc(store, "--drop", "finished", "--delete", capsys=capsys)
         assert code == 2 and "study 'finished' is being run by" in said
     assert needs(less)[0] & before <= finished(store)
+
+
+def test_a_study_whose_run_died_on_another_machine_can_be_dropped(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody gives its lease back, and its process cannot be seen from here: only its silence tells."""
+    monkeypatch.setattr(leftovers, "lease", partial(lease, ttl_seconds=6))  # the least, for the test's time
+    owner = dataclasses.replace(this_process(), host="elsewhere", machine="elsewhere")
+    claim = json.dumps(dataclasses.asdict(owner)).encode()
+    study.store.write("leases/study-finished/00000001.claim", claim)
+    code, _, said = gc(study.store, "--drop", "finished", "--delete", capsys=capsys)
+    assert code == 0, said
+    assert not finished(study.store) and not study.store.list("studies/finished/")
 
 
 def test_searches_and_what_is_judged_elsewhere_are_needed_too(tmp_path: Path) -> None:

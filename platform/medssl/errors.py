@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medssl.leases import Owner
 
 
 class MedsslError(Exception):
@@ -42,6 +46,11 @@ class LeaseHeld(MedsslError):
     """Another run holds the lease of a stage and the caller did not want to wait."""
 
     exit_code = 4
+
+    def __init__(self, message: str, owner: Owner | None = None) -> None:
+        super().__init__(message)
+        self.owner = owner
+        """Who holds it, where the caller asked for one that is held."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -104,7 +104,7 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
         artifacts = _with_descent(own | finished(store) - elsewhere, uses)
         # A run that has the images in its memory, or weights that know them, would publish what nobody marks.
         for study in (use.study for use in uses if use.of_dataset or use.descends(artifacts)):
-            stack.enter_context(lease(store, f"study-{study}", wait=False))
+            stack.enter_context(lease(store, f"study-{study}", wait=False, observe=True))
         _unpack(store, uses)
         artifacts = _with_descent(artifacts | finished(store) - elsewhere, uses)  # with what was made until the leases were there
         _mark(store, found, len(gone), artifacts)  # before the images go: a removal may be broken off

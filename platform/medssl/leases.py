@@ -92,10 +92,17 @@ def this_process(run: str = "") -> Owner:
 
 def is_dead(owner: Owner) -> bool:
     """Whether the owner's process is certainly gone. False when it lives, or runs where this process cannot look."""
+    return _lives(owner) is False
+
+
+def _lives(owner: Owner) -> bool | None:
+    """Whether the owner's process is there; None where this process cannot tell."""
     if not owner.machine or owner.machine != _machine():
-        return False
+        return None
     started = _started(owner.pid)
-    return started is None or ("" not in (started, owner.started) and started != owner.started)
+    if started is None:
+        return False
+    return None if "" in (started, owner.started) else started == owner.started
 
 
 def _machine() -> str:
@@ -226,21 +233,23 @@ def lease(
     *,
     ttl_seconds: float = 30,
     wait: bool = True,
+    observe: bool = False,
     on_wait: Callable[[Owner], None] | None = None,
     run: str = "",
 ) -> Iterator[Lease]:
     """Holds the lease `name` of `store` for the body of the `with`.
 
     While another run has it: waits (and calls `on_wait` once for each owner met), or with `wait=False` raises LeaseHeld
-    naming the owner, unless that owner's process is seen to be dead. `ttl_seconds`: after how long a silence a holder
-    counts as dead; at least 6, so that a beat that had to be retried is in time. `run` is shown to those who wait. Not
-    re-entrant.
+    naming the owner, unless that owner's process is seen to be dead. With `observe` too a process that cannot be seen from
+    here is first listened to: LeaseHeld at its next beat, taken over after its silence. `ttl_seconds`: after how long a
+    silence a holder counts as dead; at least 6, so that a beat that had to be retried is in time. `run` is shown to those
+    who wait. Not re-entrant.
     """
     if ttl_seconds < SHORTEST_TTL_SECONDS:
         raise ValueError(f"ttl_seconds={ttl_seconds} is too short for retries: give {SHORTEST_TTL_SECONDS:.0f} or more")
     place = store.sub(f"{LEASES}/{name}")
     owner = this_process(run)
-    generation = _acquire(place, name, owner, ttl_seconds, wait=wait, on_wait=on_wait)
+    generation = _acquire(place, name, owner, ttl_seconds, wait=wait, observe=observe, on_wait=on_wait)
     held = Lease(place, name, generation, owner, ttl_seconds)
     try:
         yield held
@@ -255,6 +264,7 @@ def _acquire(
     ttl_seconds: float,
     *,
     wait: bool,
+    observe: bool,
     on_wait: Callable[[Owner], None] | None,
 ) -> int:
     """Creates a claim of its own and returns its generation."""
@@ -264,15 +274,16 @@ def _acquire(
         started = time.monotonic()
         state = _look(place)
         holder = None if state.free or state.generation == 0 else _read_owner(place, state.generation)
-        gone = state.generation == 0 or state.free or (holder is not None and is_dead(holder))
+        lives = None if holder is None else _lives(holder)
+        gone = state.generation == 0 or state.free or lives is False
         if not gone and holder is not None:
             gone = silence.over(state.generation, _read_beat(place, state), started)
         if gone:
             if _claim(place, state.generation + 1, owner):
                 return state.generation + 1
             continue
-        if holder is not None and not wait:
-            raise LeaseHeld(f"'{name}' is being worked on by {holder}: wait for that run, or stop it")
+        if holder is not None and not wait and (not observe or lives or silence.was_broken):
+            raise LeaseHeld(f"'{name}' is being worked on by {holder}: wait for that run, or stop it", holder)
         if holder is not None and on_wait is not None and told != holder.token:
             told = holder.token
             on_wait(holder)
@@ -307,6 +318,8 @@ class _Silence:
     """Measures, by this process's clock, for how long a holder's counter has stood still while the store answered."""
 
     def __init__(self, ttl_seconds: float) -> None:
+        self.was_broken = False
+        """Whether the counter has been seen to move, or the lease to pass to another."""
         self._ttl_seconds = ttl_seconds
         self._seen: tuple[int, bytes] | None = None
         self._since = 0.0
@@ -317,6 +330,7 @@ class _Silence:
         now = time.monotonic()
         # Time in which nobody looked is no silence either: this process itself may have been suspended.
         slow = now - look_started > LONGEST_LOOK_SECONDS or look_started - self._last_look > 2 * LONGEST_LOOK_SECONDS
+        self.was_broken |= self._seen not in (None, (generation, beat))
         if self._seen != (generation, beat) or slow:
             self._seen = (generation, beat)
             self._since = now

@@ -239,10 +239,10 @@ def stored_study(store: Store, name: str) -> Study | None:
 def _owner(store: Store, name: str) -> str | None:
     """Who runs a study now; None where nobody does."""
     try:
-        with lease(store, f"study-{name}", wait=False):
+        with lease(store, f"study-{name}", wait=False, observe=True):  # a run that died elsewhere is no reason to refuse
             return None
     except LeaseHeld as error:
-        return str(error).partition("is being worked on by ")[2].partition(":")[0] or "another run"
+        return str(error.owner)
 
 
 def _artifacts(store: Store) -> Iterator[Artifact]:
