@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from medssl.cli import main
 from medssl.errors import RecipeError
@@ -220,12 +225,81 @@ def test_a_job_gets_the_recipe_and_what_is_named_and_nothing_else(tmp_path: Path
             _pack(target, Path("study.yaml"), [wrong])
 
 
+def test_what_cannot_be_copied_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text("study: x\n")
+    (tmp_path / "mine" / "deeper").mkdir(parents=True)
+    (tmp_path / "mine" / "deeper" / "old.pth").symlink_to("gone.pth")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "job").mkdir()
+    for given, path in (("mine", "mine/deeper/old.pth"), ("pipe", "pipe"), ("x" * 300, "x" * 300)):
+        with pytest.raises(RecipeError, match=f"--with {given}: {path} cannot be copied") as caught:
+            _pack(tmp_path / "job", Path("study.yaml"), [given])
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("status", "left_with", "code"),
     [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", None, 1), ("STOPPED", 143, 143), ("STOPPED", None, 143)],
 )
 def test_exit_codes(status: str, left_with: int | None, code: int) -> None:
     assert exit_code(Job("a", status, "", {}, 1, 2, left_with)) == code
+
+
+@pytest.fixture
+def talking() -> Iterator[tuple[str, list[str]]]:
+    """The address of a job server whose job "a-1" prints on and on, and the paths it was asked for."""
+    asked: list[str] = []
+    job = {"submission_id": "a-1", "status": "RUNNING", "start_time": 1}
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        asked.append(request.path)
+        if not request.path.endswith("/tail"):
+            named = {"/api/version": {"version": "4", "ray_version": "2"}, "/api/jobs/": [job], "/api/jobs/a-1": job}
+            return web.json_response(named.get(request.path, {"logs": ""}))
+        found = web.WebSocketResponse()
+        await found.prepare(request)
+        for n in range(10_000):
+            if found.closed:
+                break
+            await found.send_str(f"line {n}\n")
+            await asyncio.sleep(0.02)
+        return found
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.SockSite(runner, listening)
+        await site.start()
+        while not done.is_set():
+            await asyncio.sleep(0.05)
+        await runner.cleanup()
+
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", asked
+        done.set()
+        thread.join(10)
+
+
+def test_who_reads_no_further_ends_the_command(talking: tuple[str, list[str]]) -> None:
+    """`medssl logs a-1 --follow | head`: it does not begin anew, for as long as the job runs."""
+    address, asked = talking
+    command = [sys.executable, "-m", "medssl.cli", "logs", "a-1", "--follow", "--address", address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "line 0\n"
+        process.stdout.close()
+        try:
+            assert process.wait(60) == 141
+        finally:
+            process.kill()
+        assert process.stderr.read() == ""
+    assert asked.count("/api/jobs/a-1/logs/tail") == 1
 
 
 def test_a_study_that_runs_twice_has_to_be_named_by_its_job(other: tuple[str, list[str]]) -> None:

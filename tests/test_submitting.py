@@ -19,7 +19,7 @@ import ray
 import yaml
 
 from medssl.errors import RecipeError
-from medssl.job_server import JobServer
+from medssl.job_server import ClusterError, JobServer
 from medssl.submit import RECIPE_FILE, Submitted, submit
 
 STORE = "s3://bucket/lab"
@@ -34,6 +34,8 @@ class Cluster:
         self.packages: dict[str, bytes] = {}
         self.between: list[dict[str, Any]] = []
         """Jobs that come just after the first listing."""
+        self.unanswered = ""
+        """The method of requests at which the connection is lost."""
 
     def files(self) -> set[str]:
         """Names in the working directory of the last job."""
@@ -72,6 +74,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cluster
     class Handler(http.server.BaseHTTPRequestHandler):
         def respond(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.command == found.unanswered:
+                self.close_connection = True
+                return
             code, said = found.answer(self.command, self.path, body)
             self.send_response(code)
             self.end_headers()
@@ -105,6 +110,15 @@ def test_two_who_submit_at_once_have_one_job(cluster: Cluster) -> None:
     cluster.between, cluster.jobs = cluster.jobs, []
     assert submitted(cluster) == Submitted(first.job, attached=True) and len(cluster.jobs) == 1
     assert submitted(cluster) == Submitted(first.job, attached=True)
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+def test_a_connection_that_is_lost_meanwhile_is_a_line(method: str, cluster: Cluster) -> None:
+    """A tunnel that drops while the package is sent, or the job."""
+    cluster.unanswered = method
+    with pytest.raises(ClusterError, match=f"{cluster.address} did not take the job .*: run the same command again") as caught:
+        submitted(cluster)
+    assert "\n" not in str(caught.value)
 
 
 def test_all_that_a_named_folder_holds_goes_along(cluster: Cluster) -> None:

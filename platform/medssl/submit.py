@@ -8,7 +8,6 @@ A study has one job at a time: submitted again while it runs, the second command
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -99,8 +98,7 @@ def submit(
         tell(f"warning: the cluster at {server.address} asks for no token: whoever reaches it can run programs on it")
     if store.startswith("file:"):
         tell(f"the store {store} is a folder: it must be the same one on every node of the cluster")
-    digest = digest_json({name: each.canonical() for name, each in family.recipes.items()})
-    name = family.name
+    name, digest = family.name, digest_json({name: each.canonical() for name, each in family.recipes.items()})
     jobs = server.jobs()  # once: a job that comes after it has the number that this one chooses, and is found by it
     running = _running(jobs, name, store)
     if running is None:
@@ -269,18 +267,26 @@ def _pack(folder: Path, recipe: Path, include: Sequence[str]) -> None:
     """The job's working directory: the recipe, and what the user names with it."""
     shutil.copyfile(recipe, folder / RECIPE_FILE)
     for given in include:
-        source = Path(given).expanduser()
-        if not source.exists():
-            raise RecipeError(f"--with {given}: there is no such file or folder")
-        place = source if not source.is_absolute() and ".." not in source.parts else Path(source.name)
-        target = folder / place
-        if target.exists():
-            raise RecipeError(f"--with {given}: {place} is there twice; give them other names")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():  # without its ignore files, which Ray would obey: what is kept from git is named here to go along
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns(".gitignore", ".rayignore"))
-        else:
-            shutil.copyfile(source, target)
+        try:
+            _copy(given, folder)
+        except OSError as error:  # no right to read; below a folder (shutil.Error: a list of from, to, why) a link to nothing
+            path, _, why = error.args[0][0] if isinstance(error, shutil.Error) else (given, folder, error.strerror or error)
+            raise RecipeError(f"--with {given}: {path} cannot be copied ({why}): mend or remove it") from None
+
+
+def _copy(given: str, folder: Path) -> None:
+    source = Path(given).expanduser()
+    if not source.exists():
+        raise RecipeError(f"--with {given}: there is no such file or folder")
+    place = source if not source.is_absolute() and ".." not in source.parts else Path(source.name)
+    target = folder / place
+    if target.exists():
+        raise RecipeError(f"--with {given}: {place} is there twice; give them other names")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():  # without its ignore files, which Ray would obey: what is kept from git is named here to go along
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(".gitignore", ".rayignore"))
+    else:
+        shutil.copyfile(source, target)
 
 
 def _check_packed(folder: Path, family: Family, tell: Callable[[str], None]) -> None:
@@ -324,17 +330,17 @@ def _send(
     end = time.monotonic() + _RECONNECT_SECONDS
     while True:
         try:
-            client = _client(server)
-            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env, metadata=dict(metadata))
+            _client(server).submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env, metadata={**metadata})
             return Submitted(name, attached=False)
-        except (RuntimeError, ConnectionError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError) as error:  # OSError: what requests raises of lost connections, too
             if "No available agent" in str(error) and time.monotonic() < end:  # a head that has only just come up
                 time.sleep(2.0)
                 continue
             if "already" in str(error) and any(job.id == name and not job.is_over for job in server.jobs()):
                 return Submitted(name, attached=True)
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise ClusterError(f"{server.address} did not take the job ({(lines or ['no reason given'])[-1][:300]})") from None
+            reason = ([line for line in str(error).splitlines() if line.strip()] or ["no reason given"])[-1][:300]
+            hint = ": run the same command again" if isinstance(error, OSError) else ""
+            raise ClusterError(f"{server.address} did not take the job ({reason}){hint}") from None
 
 
 def _client(server: JobServer) -> Any:
@@ -359,23 +365,26 @@ def _client(server: JobServer) -> Any:
 
 def _tail(server: JobServer, job: str, skip: int, write: Callable[[str], None]) -> int:
     """Writes what a job prints after its first `skip` characters until the connection ends; how many it wrote."""
-    written = 0
+    written, seen, writing = 0, 0, False
 
     async def read() -> None:
-        nonlocal written
-        seen = 0
+        nonlocal written, seen, writing
         async for text in _client(server).tail_job_logs(job):
             fresh = text[max(0, skip + written - seen) :]
             seen += len(text)
             if fresh:
+                writing = True
                 write(fresh)
+                writing = False
                 written += len(fresh)
 
     from aiohttp import ClientError  # type: ignore[import-not-found,unused-ignore]
 
-    # Whatever cut it: the job's state, asked for next, tells what it means.
-    with contextlib.suppress(OSError, RuntimeError, ClientError):
+    try:
         asyncio.run(read())
+    except (OSError, RuntimeError, ClientError):  # whatever cut it: the job's state, asked for next, tells what it means
+        if writing:  # it is not the cluster that left, but who reads this, as `head` does
+            raise
     return written
 
 
