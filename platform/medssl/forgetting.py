@@ -89,7 +89,7 @@ def forget(patient: str, dataset: str, store: Store, key: bytes | None = None) -
     found = open_dataset(dataset_uri(dataset, store))
     name = pseudonym(key, patient) if key is not None else patient
     # A run of a study that no list of studies has yet must not begin with the images while they go: see `under_way`.
-    with lease(found.store, "ingest") as held, lease(store, REMOVAL, wait=False), ExitStack() as stack:
+    with lease(found.store, "ingest") as held, lease(store, REMOVAL, wait=False, observe=True), ExitStack() as stack:
         found = open_dataset(found.uri)  # as it is now that nobody else writes it
         gone = set(found.index().loc[found.index()["patient_id"] == name, "image_id"])
         if not gone:

@@ -142,7 +142,7 @@ def remove(store: Store, found: Leftovers) -> int:
         )
     for name, owner in found.running.items():
         raise StoreError(f"nothing was removed: study '{name}' is being run by {owner}: wait for it, or stop it")
-    with lease(store, REMOVAL, wait=False), ExitStack() as stack:
+    with lease(store, REMOVAL, wait=False, observe=True), ExitStack() as stack:
         held = []
         for name in (*found.studies, *found.dropped):
             try:
