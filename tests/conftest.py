@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @cache
 def _uses_ray(path: Path) -> bool:
-    return any(word in path.read_text() for word in ("ray_session", "import tiny", "undisturbed: Any"))  # the last two run studies
+    return any(word in path.read_text() for word in ("ray_session", "import tiny", "undisturbed: Any"))  # the last two run some
 
 
 @pytest.fixture(scope="session")
