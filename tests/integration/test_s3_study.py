@@ -48,7 +48,7 @@ def pretraining(store: Store) -> str:
 
 @pytest.fixture(scope="module")
 def both(path: Path, _proxy: Any) -> Iterator[Both]:
-    """Two processes with the same command at the same time, on a store with faults: 503s and cut bodies all along, and 12 s away
+    """Two processes with the same command at the same time, on a store with faults: 503s and cut bodies all along, and 20 s away
     while the workers train. Yields their store, what they printed, and the folders of their Rays."""
     store = open_store(f"s3://both-{uuid.uuid4().hex[:8]}/store", create=True)
     command = tiny.command("run", str(path), "--store", store.uri, "--json")
@@ -59,7 +59,7 @@ def both(path: Path, _proxy: Any) -> Iterator[Both]:
     runs = [subprocess.Popen(command, env=tiny.environment(AWS_ENDPOINT_URL=_proxy.endpoint), **pipes) for _ in range(2)]
     wait(lambda: any("/checkpoints/step-" in e.key for e in store.list("artifacts/")), "a checkpoint")
     with _proxy.outage():
-        time.sleep(12)  # the fault itself: a store that is away for 12 seconds
+        time.sleep(20)  # the fault itself: a store that is away for 20 seconds
     ends = [run.communicate(timeout=900) for run in runs]
     _proxy.clear()
     assert [run.returncode for run in runs] == [0, 0], ends
