@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from medssl.artifacts import publish
@@ -147,3 +149,19 @@ def pixels(png: bytes) -> np.ndarray:
     """A PNG as (H, W, C)."""
     with Image.open(io.BytesIO(png)) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def noted_runs(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Study], threading.Event]:
+    """Runs end where Ray would begin: the studies that came so far, and what is set when one does."""
+    begun, came = list[Study](), threading.Event()
+
+    class Noted:
+        def __init__(self, study: Study, *rest: Any) -> None:
+            begun.append(study)
+            came.set()
+
+        def run(self, **_: Any) -> None:
+            pass
+
+    monkeypatch.setattr("medssl.runner.Runner", Noted)
+    return begun, came

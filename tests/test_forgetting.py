@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tests.finished_study import fields, make, write_dataset
+from tests.finished_study import fields, make, noted_runs, write_dataset
 
 from medssl import forgetting
 from medssl.artifacts import finished, forgotten_note
@@ -219,15 +218,8 @@ def test_the_list_of_what_ingest_set_aside_goes(study: Study, capsys: pytest.Cap
 @pytest.mark.parametrize("name", ["finished", "new"])
 def test_a_run_that_waits_for_it_goes_on_without_them(study: Study, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has read the dataset before; only what would need Ray is left out of it."""
-    store, begun, waits = study.store, list[Study](), threading.Event()
-
-    class Noted:
-        def __init__(self, study: Study, *rest: Any) -> None:
-            begun.append(study)
-            waits.set()
-
-        def run(self, **_: Any) -> None:
-            pass
+    store = study.store
+    begun, waits = noted_runs(monkeypatch)
 
     def rewrite(*arguments: Any) -> None:
         runs.append(pool.submit(run, recipe, store, on_event=lambda event: waits.set() if "waiting" in str(event) else None))
@@ -235,7 +227,6 @@ def test_a_run_that_waits_for_it_goes_on_without_them(study: Study, name: str, m
         original(*arguments)
 
     recipe, original, runs = Recipe.model_validate(fields(study=name)), forgetting._rewrite, list[Future[Any]]()
-    monkeypatch.setattr("medssl.runner.Runner", Noted)
     monkeypatch.setattr(forgetting, "_rewrite", rewrite)
     with ThreadPoolExecutor(1) as pool:
         done = forget("p3", "datasets/squares", store)

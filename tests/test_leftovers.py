@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from tests.finished_study import evaluation, fields, finish, make, write_dataset
+from tests.finished_study import evaluation, fields, finish, make, noted_runs, write_dataset
 from tests.stages.test_search_rows import Ready
 
 from medssl import leftovers
@@ -185,16 +184,8 @@ def test_what_a_published_report_refers_to_stays_until_the_next(study: Study, ca
 
 def test_a_study_that_is_new_to_the_store_waits_for_a_removal(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it takes for finished is there; only what would need Ray is left out of its run."""
-    store, begun, waits, runs = study.store, list[Study](), threading.Event(), list[Future[Any]]()
-    original = Store.delete
-
-    class Noted:
-        def __init__(self, study: Study, *rest: Any) -> None:
-            begun.append(study)
-            waits.set()
-
-        def run(self, **_: Any) -> None:
-            pass
+    store, runs, original = study.store, list[Future[Any]](), Store.delete
+    begun, waits = noted_runs(monkeypatch)
 
     def delete(place: Store, key: str) -> None:
         if key.startswith("markers/") and not runs:
@@ -204,7 +195,6 @@ def test_a_study_that_is_new_to_the_store_waits_for_a_removal(study: Study, monk
 
     again(store, **smaller())
     recipe, found = Recipe.model_validate(fields(study="new")), find_leftovers(store)
-    monkeypatch.setattr("medssl.runner.Runner", Noted)
     monkeypatch.setattr(Store, "delete", delete)
     with ThreadPoolExecutor(1) as pool:
         assert remove(store, found) == len(found.artifacts) > 0
